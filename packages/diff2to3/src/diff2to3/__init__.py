@@ -1,0 +1,1 @@
+"""One picture in, a 3D Gaussian splatting asset out."""

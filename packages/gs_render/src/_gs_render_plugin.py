@@ -1,0 +1,1 @@
+"""Component manifest of gs-render; listing plugins imports nothing heavier than this file."""

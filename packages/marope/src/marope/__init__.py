@@ -1,0 +1,1 @@
+"""Rotary position embedding for mixed 2D/3D tokens (MARoPE)."""

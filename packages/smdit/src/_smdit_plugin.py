@@ -1,0 +1,1 @@
+"""Component manifest of smdit; listing plugins imports nothing heavier than this file."""

@@ -1,0 +1,1 @@
+"""Sparse-structure multi-modal diffusion transformer (SMDiT), flow matching and samplers."""

@@ -1,0 +1,1 @@
+"""Component manifest of sparse-vae; listing plugins imports nothing heavier than this file."""
