@@ -1,0 +1,42 @@
+"""Applying a rotary table: the half of a rotary embedding that runs in every layer."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from marope._frequencies import RotaryTable
+
+
+def apply_rotary(
+    x: Float[Tensor, "*batch L heads head_dim"],
+    table: RotaryTable,
+    *,
+    interleaved: bool = True,
+) -> Float[Tensor, "*batch L heads head_dim"]:
+    """Rotate every pair of channels of `x` by the angle that `table` holds for its token; the dtype of `x` is kept.
+
+    Args:
+        x: queries or keys, padded [B, L, H, D] or packed [L, H, D].
+        table: from `rotary_table`, with `L` rows and D / 2 columns, possibly with leading batch axes.
+        interleaved: pairs are neighbours (2i, 2i+1), as in FLUX and TRELLIS; otherwise (i, i + D/2), as in GPT-NeoX.
+
+    The products are formed in float32 at least, also when `x` is bfloat16 or autocast is on.
+    """
+    cos, sin = table
+    length, half = cos.shape[-2:]
+    if x.ndim < 3 or x.shape[-3] != length or x.shape[-1] != 2 * half:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not fit a table of {length} tokens and {half} pairs: "
+            f"expected [..., {length}, heads, {2 * half}]"
+        )
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if interleaved:
+        first, second = wide.unflatten(-1, (half, 2)).unbind(-1)
+        out = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
+    else:
+        first, second = wide.chunk(2, dim=-1)
+        out = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return out.to(x.dtype)

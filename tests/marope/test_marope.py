@@ -1,0 +1,255 @@
+"""Properties that make MARoPE a rotary embedding one can trust, against oracles written independently of it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from marope import AxialRoPE, MARoPE, apply_rotary, equal_axes, ntk_theta, rotary_table
+
+SIGNED = ["+x", "-x", "+y", "-y", "+z", "-z"]
+ORIENTATIONS = [
+    (plane, rows, columns)
+    for plane in SIGNED
+    for rows in SIGNED
+    for columns in SIGNED
+    if len({plane[1], rows[1], columns[1]}) == 3
+]
+
+
+def complex_oracle(x, positions, axes_dim, theta):
+    """Interleaved rotation as multiplication by a unit complex128 number, one channel pair at a time."""
+    out = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()).clone()
+    pair = 0
+    for axis, dim in enumerate(axes_dim):
+        for i in range(dim // 2):
+            angle = positions[..., axis].double() * theta ** (-2 * i / dim)
+            out[..., pair] *= torch.polar(torch.ones_like(angle), angle)[..., None]
+            pair += 1
+    return torch.view_as_real(out).flatten(-2)
+
+
+def random_qk(length, heads, head_dim, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(length, heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    axes=st.lists(st.integers(1, 6).map(lambda n: 2 * n), min_size=1, max_size=4),
+    spare=st.integers(0, 3),
+    theta=st.sampled_from([10.0, 100.0, 10000.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_the_complex128_oracle_for_any_axes(axes, spare, theta, seed):
+    rope = AxialRoPE(sum(axes) + 2 * spare, axes, theta=theta)
+    q, k = random_qk(9, 2, rope.head_dim, seed)
+    positions = torch.randint(-70, 70, (9, len(axes)), generator=torch.Generator().manual_seed(seed))
+    for got, x in zip(rope(q, k, positions), (q, k), strict=True):
+        torch.testing.assert_close(got.double(), complex_oracle(x, positions, axes, theta), atol=2e-6, rtol=2e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shift=st.tuples(*[st.integers(-40, 40)] * 3),
+    interleaved=st.booleans(),
+    theta=st.sampled_from([50.0, 10000.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_attention_scores_depend_on_relative_positions_only(shift, interleaved, theta, seed):
+    rope = MARoPE(head_dim=64, grid_size=16, interleaved=interleaved, theta=theta)
+    q, k = random_qk(20, 3, 64, seed)
+    positions = rope.volume(torch.randint(0, 16, (20, 3), generator=torch.Generator().manual_seed(seed)))
+
+    def scores(at):
+        a, b = rope(q, k, at)
+        return torch.einsum("ihd,jhd->hij", a, b)
+
+    torch.testing.assert_close(scores(positions), scores(positions + torch.tensor(shift)), atol=3e-5, rtol=1e-5)
+
+
+def test_scores_do_change_with_relative_position():
+    rope = MARoPE(head_dim=64, grid_size=16)
+    q, k = random_qk(1, 1, 64)
+    near, far = (rope.table(torch.tensor([[x, 0.0, 0.0]])) for x in (1.0, 3.0))
+    base = rope.table(torch.zeros(1, 3))
+    rotated_q = apply_rotary(q, base)
+    assert (rotated_q * apply_rotary(k, near)).sum() != (rotated_q * apply_rotary(k, far)).sum()
+
+
+@settings(max_examples=25, deadline=None)
+@given(interleaved=st.booleans(), head_dim=st.integers(3, 40).map(lambda n: 2 * n), seed=st.integers(0, 2**16))
+def test_norms_are_kept(interleaved, head_dim, seed):
+    rope = MARoPE(head_dim=head_dim, grid_size=32, interleaved=interleaved)
+    q, k = random_qk(30, 2, head_dim, seed)
+    positions = rope.volume(torch.randint(0, 32, (30, 3), generator=torch.Generator().manual_seed(seed)))
+    for got, x in zip(rope(q, k, positions), (q, k), strict=True):
+        torch.testing.assert_close(got.norm(dim=-1), x.norm(dim=-1), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    axes=st.sampled_from(ORIENTATIONS),
+    grid_size=st.integers(1, 8),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    images=st.integers(1, 3),
+    extent=st.sampled_from(["index", "grid"]),
+)
+def test_volume_and_planes_never_share_a_position(axes, grid_size, size, images, extent):
+    rope = MARoPE(64, grid_size, plane_axis=axes[0], orientation=axes[1:], plane_extent=extent)
+    steps = torch.arange(grid_size)
+    volume = rope.volume(torch.cartesian_prod(steps, steps, steps).reshape(-1, 3))
+    everything = torch.cat([volume, *(rope.plane(*size, index=m) for m in range(images))])
+    assert len(everything.unique(dim=0)) == len(everything) == grid_size**3 + images * size[0] * size[1]
+
+
+def test_default_plane_is_the_papers():
+    rope = MARoPE(head_dim=64, grid_size=4)
+    positions = rope.plane(2, 3)
+    assert positions.tolist() == [[i, j, 4] for i in range(2) for j in range(3)]
+    assert rope.plane(2, 3, index=2)[:, 2].tolist() == [6.0] * 6
+
+
+def test_plane_of_a_camera_that_looks_from_minus_y():
+    rope = MARoPE(head_dim=64, grid_size=4, plane_axis="-y", orientation=("-z", "+x"))
+    positions = rope.plane(4, 4, index=1).reshape(4, 4, 3)
+    assert positions[0, 0].tolist() == [0, -2, 3], "the top left patch is at the top, on the side of low x"
+    assert positions[3, 1].tolist() == [1, -2, 0]
+
+
+def test_grid_extent_centres_every_patch_over_the_voxels_it_covers():
+    rope = MARoPE(64, 8, plane_axis="-y", orientation=("-z", "+x"), plane_extent="grid")
+    positions = rope.plane(16, 4).reshape(16, 4, 3)
+    assert positions[0, :, 0].tolist() == [0.5, 2.5, 4.5, 6.5]
+    assert positions[:3, 0, 2].tolist() == [7.25, 6.75, 6.25]
+    same = MARoPE(64, 8, plane_extent="index").plane(8, 8)
+    assert torch.equal(MARoPE(64, 8, plane_extent="grid").plane(8, 8), same)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_get_float32_angles(dtype):
+    rope = MARoPE(head_dim=64, grid_size=1024)
+    q, k = random_qk(1024, 1, 64, dtype=dtype)
+    positions = rope.volume(torch.arange(1024)[:, None].expand(-1, 3))
+    table = rope.table(positions.to(torch.float32))
+    assert table.cos.dtype == table.sin.dtype == torch.float32
+    got, _ = rope(q, k, positions)
+    assert got.dtype == dtype
+    exact = complex_oracle(q, positions, rope.axes_dim, rope.theta)
+    assert (got.double() - exact).abs().max() <= torch.finfo(dtype).eps * q.abs().max()
+
+
+def test_autocast_changes_nothing():
+    rope = MARoPE(head_dim=64, grid_size=16)
+    q, k = random_qk(10, 2, 64)
+    positions = rope.plane(2, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = rope(q, k, positions)
+    assert all(torch.equal(a, b) for a, b in zip(inside, rope(q, k, positions), strict=True))
+
+
+def test_half_split_pairs_are_the_interleaved_ones_in_another_order():
+    shape = {"head_dim": 32, "axes_dim": (12, 8, 8)}
+    q, k = random_qk(7, 2, 32)
+    positions = torch.randint(0, 30, (7, 3))
+    split = MARoPE(**shape, interleaved=False)(q, k, positions)
+    order = torch.arange(32).reshape(2, 16).T.flatten()  # (0, 16, 1, 17, ...): half pairs made neighbours
+    adjacent = MARoPE(**shape)(q[..., order], k[..., order], positions)
+    for a, b in zip(split, adjacent, strict=True):
+        torch.testing.assert_close(a[..., order], b)
+
+
+def test_padded_and_packed_layouts_agree():
+    rope = MARoPE(head_dim=24, grid_size=8)
+    q, k = random_qk(6, 2, 24)
+    positions = rope.plane(2, 3)
+    packed = rope(q, k, positions)
+    padded = rope(q[None].expand(3, -1, -1, -1), k[None].expand(3, -1, -1, -1), positions)
+    per_object = rope(q[None], k[None], positions[None])
+    for a, b, c in zip(packed, padded, per_object, strict=True):
+        assert torch.equal(b, a.expand(3, -1, -1, -1))
+        assert torch.equal(c[0], a)
+
+
+def test_gradients_are_the_transposed_rotation():
+    rope = MARoPE(head_dim=12, grid_size=8)
+    table = rope.table(rope.plane(2, 2))
+    x = torch.randn(4, 2, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y: apply_rotary(y, table), (x,), atol=1e-6)
+    gradient = torch.randn_like(x)
+    apply_rotary(x, table).backward(gradient)
+    back = apply_rotary(gradient, type(table)(table.cos, -table.sin))
+    torch.testing.assert_close(x.grad, back)
+
+
+def test_nothing_to_save_and_nothing_remembered():
+    rope = MARoPE(head_dim=64, grid_size=8, theta=100.0)
+    q, k = random_qk(4, 1, 64)
+    before = rope(q, k, rope.plane(2, 2))
+    rope(q.bfloat16(), k.bfloat16(), rope.plane(2, 2).bfloat16())
+    assert not rope.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(before, rope(q, k, rope.plane(2, 2)), strict=True))
+    assert not torch.equal(before[0], MARoPE(head_dim=64, grid_size=8, theta=10.0)(q, k, rope.plane(2, 2))[0])
+
+
+def test_export_keeps_the_result():
+    rope = MARoPE(head_dim=24, grid_size=8)
+    q, k = random_qk(6, 2, 24)
+    positions = rope.plane(2, 3)
+    exported = torch.export.export(rope, (q, k, positions)).module()
+    for a, b in zip(exported(q, k, positions), rope(q, k, positions), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dynamo_traces_it_as_one_graph():
+    rope = MARoPE(head_dim=24, grid_size=8)
+    q, k = random_qk(6, 2, 24)
+
+    def rotated(queries, keys):
+        return rope(queries, keys, rope.plane(2, 3))
+
+    compiled = torch.compile(rotated, backend="eager", fullgraph=True)
+    for a, b in zip(compiled(q, k), rotated(q, k), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_ntk_theta_stretches_the_longest_wavelength_only():
+    theta = ntk_theta(10000.0, 2.0, 20)
+    longest = -18 / 20
+    assert math.isclose(theta**longest, 10000.0**longest / 2, rel_tol=1e-9)
+    assert ntk_theta(10000.0, 2.0, 2) == 10000.0
+
+
+def test_equal_axes_leaves_the_rest_unrotated():
+    assert equal_axes(64) == (20, 20, 20)
+    table = rotary_table(torch.tensor([[5, 6, 7]]), 64, equal_axes(64))
+    assert table.cos.shape == (1, 32)
+    assert table.cos[0, 30:].tolist() == [1, 1]
+    assert table.sin[0, 30:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MARoPE(head_dim=63), "even"),
+        (lambda: MARoPE(head_dim=4), "too small for 3 axes"),
+        (lambda: MARoPE(axes_dim=(32, 32)), "one share for each of x, y and z"),
+        (lambda: MARoPE(axes_dim=(32, 32, 32)), "takes 96 channels"),
+        (lambda: MARoPE(axes_dim=(21, 21, 22)), "even numbers"),
+        (lambda: MARoPE(grid_size=0), "at least 1"),
+        (lambda: MARoPE(plane_axis="w"), "got 'w'"),
+        (lambda: MARoPE(plane_axis="z", orientation=("+x", "-z")), "three different axes"),
+        (lambda: MARoPE(plane_extent="fit"), "plane_extent"),
+        (lambda: MARoPE(theta=0), "theta must be positive"),
+        (lambda: MARoPE().plane(0, 4), "h >= 1"),
+        (lambda: MARoPE().volume(torch.zeros(4, 4)), r"\[L, 3\]"),
+        (lambda: MARoPE().table(torch.zeros(4, 2)), "one column for each of the 3 axes"),
+        (lambda: MARoPE()(torch.zeros(5, 1, 64), torch.zeros(5, 1, 64), torch.zeros(4, 3)), "does not fit a table"),
+        (lambda: equal_axes(64, 0), "at least one axis"),
+        (lambda: ntk_theta(1e4, -1.0, 8), "must be positive"),
+    ],
+)
+def test_errors_say_what_came_and_what_is_expected(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
