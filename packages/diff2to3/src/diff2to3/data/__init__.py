@@ -1,0 +1,1 @@
+"""Data toolkit: assets -> rendered views -> voxels -> lifted features -> latents, one resumable stage a step."""

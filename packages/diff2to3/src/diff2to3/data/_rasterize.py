@@ -1,0 +1,151 @@
+"""Rendering textured meshes to RGBA pictures with OpenGL (EGL, no window): unlit base colour, both sides."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from diff2to3.data._mesh import Mesh
+
+_VERTEX = """
+#version 330
+uniform mat4 world_to_clip;
+in vec3 position; in vec2 uv; in vec4 color;
+out vec2 f_uv; out vec4 f_color;
+void main() { gl_Position = world_to_clip * vec4(position, 1.0); f_uv = uv; f_color = color; }
+"""
+_FRAGMENT = """
+#version 330
+uniform sampler2D base;
+in vec2 f_uv; in vec4 f_color;
+out vec4 result;
+void main() { vec4 c = texture(base, f_uv) * f_color; if (c.a < 0.5) discard; result = vec4(c.rgb, 1.0); }
+"""
+_NEAR, _FAR = 0.05, 20.0
+
+
+class MeshRenderer:
+    """An OpenGL context with multisampled framebuffers; one per process.
+
+    Raises:
+        RuntimeError: no EGL device or driver; on Debian ``apt install libegl1 libgl1-mesa-dri`` gives a software one.
+    """
+
+    def __init__(self, samples: int = 8) -> None:
+        import moderngl
+
+        try:
+            self.context = moderngl.create_standalone_context(backend="egl")
+        except Exception as error:  # moderngl and glcontext raise bare Exception
+            raise RuntimeError(
+                f"no OpenGL through EGL ({error}); install a driver, e.g. `apt install libegl1 libgl1-mesa-dri`"
+            ) from error
+        self.samples = min(samples, self.context.max_samples)
+        self.context.enable(moderngl.DEPTH_TEST)
+        self.program = self.context.program(vertex_shader=_VERTEX, fragment_shader=_FRAGMENT)
+        self._framebuffers: dict[tuple[int, int, int], tuple] = {}
+
+    def render(
+        self, mesh: Mesh, world_to_camera: np.ndarray, intrinsics: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures and depth of a mesh.
+
+        Args:
+            mesh: in world coordinates.
+            world_to_camera: ``[V, 4, 4]``, OpenCV convention (x right, y down, z forward).
+            intrinsics: ``[V, 3, 3]`` in pixels, pixel centres at +0.5.
+            size: side of the square pictures in pixels.
+
+        Returns:
+            RGBA uint8 ``[V, size, size, 4]`` with straight alpha, and float32 ``[V, size // 4, size // 4]`` view-space z of
+            the nearest surface at the centre of each 4x4 pixel block (``inf`` for background).
+        """
+        arrays, textures = self._upload(mesh)
+        try:
+            images = np.empty((len(world_to_camera), size, size, 4), np.uint8)
+            depths = np.empty((len(world_to_camera), size // 4, size // 4), np.float32)
+            for index, (pose, matrix) in enumerate(zip(world_to_camera, intrinsics, strict=True)):
+                clip = _projection(matrix, size) @ pose
+                self.program["world_to_clip"].write(np.ascontiguousarray(clip.T, np.float32))
+                images[index] = self._color(arrays, textures, size)
+                depths[index] = self._depth(arrays, textures, size // 4)
+            return images, depths
+        finally:
+            for array, buffers in arrays:
+                array.release()
+                for buffer in buffers:
+                    buffer.release()
+            for texture in textures:
+                texture.release()
+
+    def _upload(self, mesh: Mesh) -> tuple[list, list]:
+        arrays, textures = [], []
+        for part in mesh.parts:
+            packed = np.concatenate([part.vertices, part.uv, part.colors.astype(np.float32) / 255], 1).astype("f4")
+            vertices, indices = self.context.buffer(packed.tobytes()), self.context.buffer(part.faces.tobytes())
+            layout = [(vertices, "3f 2f 4f", "position", "uv", "color")]
+            arrays.append((self.context.vertex_array(self.program, layout, indices), (vertices, indices)))
+            height, width = part.texture.shape[:2]
+            texture = self.context.texture((width, height), 4, np.ascontiguousarray(part.texture[::-1]).tobytes())
+            texture.build_mipmaps()
+            texture.anisotropy = 8.0
+            textures.append(texture)
+        return arrays, textures
+
+    def _framebuffer(self, size: int, samples: int) -> tuple:
+        key = (size, size, samples)
+        if key not in self._framebuffers:
+            shape = (size, size)
+            target = self.context.framebuffer(
+                self.context.renderbuffer(shape, 4, samples=samples),
+                self.context.depth_renderbuffer(shape, samples=samples),
+            )
+            resolved = self.context.framebuffer(self.context.renderbuffer(shape, 4))
+            self._framebuffers[key] = (target, resolved)
+        return self._framebuffers[key]
+
+    def _draw(self, target, arrays: list, textures: list) -> None:
+        target.use()
+        target.clear(0.0, 0.0, 0.0, 0.0, depth=1.0)
+        for (array, _), texture in zip(arrays, textures, strict=True):
+            texture.use()
+            array.render()
+
+    def _color(self, arrays: list, textures: list, size: int) -> np.ndarray:
+        target, resolved = self._framebuffer(size, self.samples)
+        self._draw(target, arrays, textures)
+        self.context.copy_framebuffer(resolved, target)
+        flipped = np.frombuffer(resolved.read(components=4), np.uint8).reshape(size, size, 4)
+        return _straight_alpha(flipped[::-1])
+
+    def _depth(self, arrays: list, textures: list, size: int) -> np.ndarray:
+        key = (size, size, 0)
+        if key not in self._framebuffers:
+            depth = self.context.depth_texture((size, size))
+            target = self.context.framebuffer([self.context.renderbuffer((size, size), 4)], depth)
+            self._framebuffers[key] = (target, depth)
+        target, depth = self._framebuffers[key]
+        self._draw(target, arrays, textures)
+        window = np.frombuffer(depth.read(), np.float32).reshape(size, size)[::-1]
+        ndc = window.astype(np.float64) * 2 - 1
+        z = 2 * _NEAR * _FAR / (_FAR + _NEAR - ndc * (_FAR - _NEAR))
+        return np.where(window >= 1.0, np.inf, z).astype(np.float32)
+
+
+def _projection(intrinsics: np.ndarray, size: int) -> np.ndarray:
+    """OpenCV camera space -> OpenGL clip space for a square picture."""
+    fx, fy, cx, cy = intrinsics[0, 0], intrinsics[1, 1], intrinsics[0, 2], intrinsics[1, 2]
+    return np.array(
+        [
+            [2 * fx / size, 0, 2 * cx / size - 1, 0],
+            [0, -2 * fy / size, 1 - 2 * cy / size, 0],
+            [0, 0, (_FAR + _NEAR) / (_FAR - _NEAR), -2 * _FAR * _NEAR / (_FAR - _NEAR)],
+            [0, 0, 1, 0],
+        ]
+    )
+
+
+def _straight_alpha(premultiplied: np.ndarray) -> np.ndarray:
+    """Multisampling leaves colour multiplied with coverage at edges; divide it out."""
+    alpha = premultiplied[..., 3:].astype(np.float32)
+    color = premultiplied[..., :3] * (255.0 / np.maximum(alpha, 1.0))
+    return np.concatenate([np.minimum(np.rint(color), 255), alpha], -1).astype(np.uint8)

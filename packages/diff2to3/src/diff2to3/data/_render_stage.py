@@ -1,0 +1,128 @@
+"""Stages ``render`` and ``voxelize``: assets in, pictures with cameras and surface voxels out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from diff2to3._image import object_crop
+from diff2to3.data._mesh import MESH_SUFFIXES, load_mesh
+from diff2to3.data._rasterize import MeshRenderer
+from diff2to3.data._store import Store, encode_pngs, run_stage, write_atomically
+from diff2to3.data._views import condition_views, random_views, sphere_views
+from diff2to3.data._voxelize import voxelize
+
+CONDITION_FRAME = 512  # pixels; the crop around the object is taken from a frame of this side
+
+
+class RenderSettings(BaseModel):
+    """Views rendered of every object."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(default=256, ge=32, multiple_of=32)
+    num_views: int = Field(default=32, ge=1)
+    num_extra_views: int = Field(default=8, ge=0)
+    num_condition_views: int = Field(default=16, ge=0)
+    seed: int = 0
+
+
+def list_assets(source: Path, index: Path | None) -> list[dict[str, str]]:
+    """Rows ``{id, split, ...}`` of an ``index.csv`` beside the assets, or one row a mesh file, all in split ``train``."""
+    table = index or source / "index.csv"
+    if table.is_file():
+        with table.open(newline="") as file:
+            return list(csv.DictReader(file))
+    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in MESH_SUFFIXES)
+    if not files:
+        raise ValueError(f"{source}: no {', '.join(MESH_SUFFIXES)} file and no index.csv found")
+    return [{"id": p.relative_to(source).with_suffix("").as_posix(), "split": "train"} for p in files]
+
+
+def asset_path(source: Path, object_id: str) -> Path:
+    """The mesh file of an object id, under ``source`` or ``source/objects``."""
+    for folder in (source, source / "objects"):
+        for suffix in MESH_SUFFIXES:
+            path = folder / f"{object_id}{suffix}"
+            if path.is_file():
+                return path
+    raise ValueError(f"{source}: no mesh file for {object_id!r} (looked for {', '.join(MESH_SUFFIXES)})")
+
+
+def write_objects(store: Store, rows: list[dict[str, str]]) -> None:
+    """``objects.csv`` of the data set."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(store.root / "objects.csv", buffer.getvalue().encode())
+
+
+def render_objects(source: Path, store: Store, ids: list[str], settings: RenderSettings, workers: int) -> dict[str, str]:
+    """Renders every object; returns the failures."""
+    arguments = (str(source), settings.model_dump())
+    return run_stage(
+        store, "render", ids, _render, settings.model_dump(), workers=workers, initializer=_start, initargs=arguments
+    )
+
+
+def voxelize_objects(source: Path, store: Store, ids: list[str], grid_size: int, workers: int) -> dict[str, str]:
+    """Surface voxels of every object; returns the failures."""
+    settings = {"grid_size": grid_size}
+    return run_stage(
+        store, "voxels", ids, _voxelize, settings, workers=workers, initializer=_start, initargs=(str(source), settings)
+    )
+
+
+_worker: dict[str, Any] = {}  # of a worker process: the assets' folder, settings and the OpenGL context
+
+
+def _start(source: str, settings: dict[str, Any]) -> None:
+    _worker.clear()
+    _worker.update(source=Path(source), settings=settings)
+
+
+def _voxelize(object_id: str) -> dict[str, np.ndarray]:
+    mesh = load_mesh(asset_path(_worker["source"], object_id))
+    return {"coords": voxelize(mesh, _worker["settings"]["grid_size"]).astype(np.uint8)}
+
+
+def _render(object_id: str) -> dict[str, np.ndarray]:
+    settings = RenderSettings(**_worker["settings"])
+    if "renderer" not in _worker:
+        _worker["renderer"] = MeshRenderer()
+    renderer: MeshRenderer = _worker["renderer"]
+    mesh = load_mesh(asset_path(_worker["source"], object_id))
+    rng = np.random.default_rng([settings.seed, crc32(object_id.encode())])
+    spread = sphere_views(settings.num_views, settings.size, rng)
+    extra = random_views(settings.num_extra_views, settings.size, rng)
+    pose = np.concatenate([spread.world_to_camera, extra.world_to_camera])
+    intrinsics = np.concatenate([spread.intrinsics, extra.intrinsics])
+    images, depth = renderer.render(mesh, pose, intrinsics, settings.size)
+    png, bounds = encode_pngs(images)
+    tensors = {
+        "view_png": png,
+        "view_bounds": bounds,
+        "view_pose": pose,
+        "view_intrinsics": intrinsics,
+        "view_depth": depth.astype(np.float16),
+    }
+    if settings.num_condition_views:
+        views, azimuth = condition_views(settings.num_condition_views, CONDITION_FRAME, rng)
+        frames, _ = renderer.render(mesh, views.world_to_camera, views.intrinsics, CONDITION_FRAME)
+        crops = np.stack([np.rint(object_crop(frame, settings.size) * 255).astype(np.uint8) for frame in frames])
+        png, bounds = encode_pngs(crops)
+        tensors |= {
+            "condition_png": png,
+            "condition_bounds": bounds,
+            "condition_pose": views.world_to_camera,
+            "condition_intrinsics": views.intrinsics,
+            "condition_azimuth": azimuth,
+        }
+    return tensors
