@@ -1,0 +1,127 @@
+"""Building the components of a pipeline directory, and checking that they fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diff2to3._errors import ComponentError, PipelineFormatError
+from diff2to3._pipeline_config import ComponentConfig, PipelineConfig
+from diff2to3._plugins import PIPELINE_ROLES, Role, build, check, load_config_model, registry
+from diff2to3._store import load_weights, weights_path
+
+
+def assemble(
+    directory: Path, config: PipelineConfig, overrides: Mapping[str, Any]
+) -> tuple[PipelineConfig, dict[str, Any]]:
+    """The components of a pipeline with weights, and the config that describes what was built.
+
+    Args:
+        directory: where the weights are.
+        config: the directory's config.
+        overrides: role -> name or object that replaces the directory's component; None keeps it.
+    """
+    components: dict[str, Any] = {}
+    chosen: dict[str, ComponentConfig] = {}
+    for role in PIPELINE_ROLES:
+        override, own = overrides.get(role.name), config.roles[role.name]
+        if override is None or override == own.name:
+            components[role.name], chosen[role.name] = _from_directory(role, own, directory), own
+        elif isinstance(override, str):
+            replacement = ComponentConfig(name=override, config=_shared_settings(role, override, own))
+            components[role.name], chosen[role.name] = _from_plugin(role, replacement), replacement
+        else:
+            kind = type(override)
+            name = f"{kind.__module__}.{kind.__qualname__}"
+            components[role.name], chosen[role.name] = check(role, override, name), ComponentConfig(name=name)
+    return config.model_copy(update={"roles": chosen}), components
+
+
+def check_fit(components: Mapping[str, Any]) -> dict[str, Any]:
+    """The components by role, after checking that each plays its role and that their channels and grids agree.
+
+    Raises:
+        ComponentError: what does not fit, with both numbers.
+    """
+    expected = [role.name for role in PIPELINE_ROLES]
+    if sorted(components) != sorted(expected):
+        raise ComponentError(f"got components for {sorted(components)}; expected one for each of {expected}")
+    checked = {role.name: check(role, components[role.name], role.name) for role in PIPELINE_ROLES}
+    extractor, structure = checked["feature_extractor"], checked["structure"]
+    backbone, decoder = checked["backbone"].config, checked["latent_decoder"].config
+    channels = _token_channels(extractor)
+    for role, wanted in (("structure", structure.condition_channels), ("backbone", backbone.condition_channels)):
+        if wanted != channels:
+            raise ComponentError(
+                f"the feature extractor {type(extractor).__name__} gives tokens of {channels} channels, but the {role} "
+                f"{type(checked[role]).__name__} was made for {wanted}; use the one it was trained with"
+            )
+    for what, left, right in (
+        ("grid size: structure and backbone", structure.grid_size, backbone.grid_size),
+        ("grid size: backbone and latent decoder", backbone.grid_size, decoder.grid_size),
+        ("latent channels: backbone and latent decoder", backbone.latent_channels, decoder.latent_channels),
+    ):
+        if left != right:
+            raise ComponentError(f"{what} do not fit together: {left} and {right}")
+    return checked
+
+
+def _from_directory(role: Role[Any], own: ComponentConfig, directory: Path) -> Any:
+    component = _build_quietly(role, own)
+    path = weights_path(directory, role.name)
+    if path.is_file():
+        if not isinstance(component, nn.Module):
+            raise PipelineFormatError(f"{path}: the {role.name} {own.name!r} takes no weights")
+        load_weights(component, path)
+    elif _needs_weights(role, own.name, component):
+        raise PipelineFormatError(f"{path}: no such file; the {role.name} {own.name!r} needs its weights")
+    return component
+
+
+def _from_plugin(role: Role[Any], replacement: ComponentConfig) -> Any:
+    component = _build_quietly(role, replacement)
+    if _needs_weights(role, replacement.name, component):
+        raise ComponentError(
+            f"the {role.name} {replacement.name!r} has no weights of its own, and this pipeline has none for it; give a "
+            "pipeline directory that contains it, or pass a loaded object to Pipeline.from_pretrained"
+        )
+    return component
+
+
+def _build_quietly(role: Role[Any], choice: ComponentConfig) -> Any:
+    # Layers draw their initial weights from the global generator; loading a pipeline must leave it as it was.
+    with torch.random.fork_rng(devices=[]):
+        return build(role, choice.name, choice.config)
+
+
+def _needs_weights(role: Role[Any], name: str, component: Any) -> bool:
+    has_state = isinstance(component, nn.Module) and bool(component.state_dict())
+    return has_state and registry().find(role, name).spec.weights == "pipeline"
+
+
+def _shared_settings(role: Role[Any], name: str, own: ComponentConfig) -> dict[str, Any]:
+    """The pipeline's own settings, when the replacement takes the same kind of config; else none."""
+    if not own.config:
+        return {}
+    find = registry().find
+    model = load_config_model(find(role, name))
+    return dict(own.config) if model is not None and model is load_config_model(find(role, own.name)) else {}
+
+
+def _token_channels(extractor: Any) -> int:
+    """Channels of the condition tokens, found by tokenising a feature map of zeros of the right size."""
+    side = extractor.image_size // extractor.stride
+    tensor = next(iter(extractor.parameters()), None) if isinstance(extractor, nn.Module) else None
+    options = {"device": tensor.device, "dtype": tensor.dtype} if tensor is not None else {}
+    with torch.no_grad():
+        tokens = extractor.tokens(torch.zeros(1, extractor.channels, side, side, **options))
+    if tokens.ndim != 4:
+        raise ComponentError(
+            f"the feature extractor {type(extractor).__name__} gives tokens of shape {list(tokens.shape)}; "
+            "expected [B, rows, columns, channels]"
+        )
+    return int(tokens.shape[-1])

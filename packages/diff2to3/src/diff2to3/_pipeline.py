@@ -1,0 +1,262 @@
+"""One picture in, Gaussians out: the method from top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from smdit import EulerSampler, voxel_noise
+from sparse_vae import SparseTensor
+from torch import Tensor, nn
+
+from diff2to3._assemble import assemble, check_fit
+from diff2to3._asset import Asset
+from diff2to3._errors import ImageInputError
+from diff2to3._image import condition_image
+from diff2to3._inputs import ImageSource, read_image
+from diff2to3._pipeline_config import PipelineConfig
+from diff2to3._plugins import PIPELINE_ROLES, Backbone, FeatureExtractor, LatentDecoder, Matting, Renderer, Structure
+from diff2to3._store import locate, parse_dtype, read_config, save_pipeline, state_sha256
+
+#: Called as callback(stage, steps done, steps in all).
+Callback = Callable[[str, int, int], None]
+
+
+class Pipeline:
+    """One picture -> 3D Gaussians, by components that can each be replaced.
+
+    Args:
+        config: what the pipeline is made of and how it samples.
+        components: role -> component, one for each of matting, feature_extractor, structure, backbone, latent_decoder
+            and renderer.
+        device: where the models run.
+        dtype: what they compute in.
+
+    Raises:
+        ComponentError: a component lacks what its role asks for, or the components do not fit together.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        components: Mapping[str, Any],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = torch.float32,
+    ) -> None:
+        self.config = config
+        self.device, self.dtype = torch.device(device), parse_dtype(dtype)
+        self.components = check_fit(components)
+        for component in self.components.values():
+            if isinstance(component, nn.Module):
+                component.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        self.matting: Matting = self.components["matting"]
+        self.feature_extractor: FeatureExtractor = self.components["feature_extractor"]
+        self.structure: Structure = self.components["structure"]
+        self.backbone: Backbone = self.components["backbone"]
+        self.latent_decoder: LatentDecoder = self.components["latent_decoder"]
+        self.renderer: Renderer = self.components["renderer"]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        matting: Matting | str | None = None,
+        feature_extractor: FeatureExtractor | str | None = None,
+        structure: Structure | str | None = None,
+        backbone: Backbone | str | None = None,
+        latent_decoder: LatentDecoder | str | None = None,
+        renderer: Renderer | str | None = None,
+    ) -> Pipeline:
+        """Load a pipeline, with any of its components replaced.
+
+        Args:
+            source: None for the embedded pipeline; a directory; the name of an embedded pipeline; or a Hub id.
+            device: None is CUDA where there is one, else the CPU.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+            matting, feature_extractor, structure, backbone, latent_decoder, renderer: the component to use instead of
+                the pipeline's own: ``"name"``, ``"distribution:name"``, or an object that plays the role.
+
+        Raises:
+            PipelineFormatError: no such pipeline, or its files are missing or damaged.
+            ComponentNotFoundError, DuplicateComponentError, ComponentError: a component cannot be had, or does not fit.
+        """
+        overrides = {
+            "matting": matting,
+            "feature_extractor": feature_extractor,
+            "structure": structure,
+            "backbone": backbone,
+            "latent_decoder": latent_decoder,
+            "renderer": renderer,
+        }
+        directory = locate(source)
+        config, components = assemble(directory, read_config(directory), overrides)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(config, components, device=device, dtype=dtype)
+
+    def __call__(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        *,
+        seed: int = 0,
+        sample: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        callback: Callback | None = None,
+    ) -> Asset:
+        """Make one object.
+
+        Args:
+            image: a picture of it (path, PIL image, array, tensor; see `diff2to3.read_image`), or a list of pictures
+                of the same object.
+            seed: the same seed, sample and picture give the same Gaussians on one machine.
+            sample: which of the seed's variants.
+            steps: Euler steps of both stages; None is each stage's own setting.
+            guidance: w of both stages, in (1 + w) conditional - w unconditional; None is each stage's own setting.
+            callback: called with (stage, steps done, steps in all) as the work goes on.
+
+        Raises:
+            ImageInputError: the picture cannot be used.
+        """
+        [asset] = self.batch([image], seed=seed, sample=sample, steps=steps, guidance=guidance, callback=callback)
+        return asset
+
+    @torch.no_grad()
+    def batch(
+        self,
+        images: Sequence[ImageSource | Sequence[ImageSource]],
+        *,
+        seed: int = 0,
+        sample: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        callback: Callback | None = None,
+    ) -> list[Asset]:
+        """Make several objects at once, one from each entry (a picture, or as many pictures as the other entries have).
+
+        Every object gets the noise that it would get alone. For the arguments see `__call__`.
+        """
+        timings: dict[str, float] = {}
+        with _timed(timings, "image"):
+            pictures = [[self.cut_out(view) for view in _as_views(entry)] for entry in images]
+        with _timed(timings, "features"):
+            condition = self.encode(pictures)
+        with _timed(timings, "structure"):
+            seeds = [_mix(seed, sample)] * len(pictures)
+            voxels = self.structure.sample(
+                condition, seeds=seeds, steps=steps, guidance=guidance, callback=_stage(callback, "structure")
+            )
+            if empty := [i for i, coords in enumerate(voxels) if not len(coords)]:
+                raise ImageInputError(f"no voxel was found occupied for picture {empty[0] + 1}; try another seed")
+        with _timed(timings, "latents"):
+            noise = self.initial_noise(voxels, seed, sample)
+            latents = self._sampler(steps, guidance).sample(
+                self.backbone, noise, condition, callback=_stage(callback, "latents")
+            )
+        with _timed(timings, "gaussians"):
+            objects = self.latent_decoder(self.denormalise(latents))
+        settings = {"seed": seed, "sample": sample, "steps": steps, "guidance": guidance}
+        return [
+            Asset(
+                gaussians=gaussians.to(dtype=torch.float32),
+                voxels=coords,
+                pictures=tuple(views),
+                renderer=self.renderer,
+                settings=settings,
+                timings=timings,
+            )
+            for gaussians, coords, views in zip(objects, voxels, pictures, strict=True)
+        ]
+
+    def cut_out(self, image: ImageSource) -> Image.Image:
+        """The picture as RGBA: its own alpha when it has one, else by the pipeline's matting."""
+        picture = read_image(image)
+        return picture if picture.mode == "RGBA" else self.matting(picture)
+
+    @torch.no_grad()
+    def encode(self, pictures: Sequence[Sequence[Image.Image]]) -> Float[Tensor, "b images rows columns channels"]:
+        """Condition tokens of B objects with M pictures each, RGBA."""
+        counts = {len(views) for views in pictures}
+        if len(counts) != 1 or 0 in counts:
+            raise ImageInputError(f"every object of a batch needs the same number of pictures, got {sorted(counts)}")
+        size = self.feature_extractor.image_size
+        flat = [_condition(view, size) for views in pictures for view in views]
+        batch = torch.stack(flat).to(device=self.device, dtype=self.dtype)
+        return self.feature_extractor.tokens(self.feature_extractor(batch)).unflatten(0, (len(pictures), -1))
+
+    def initial_noise(self, voxels: Sequence[Int[Tensor, "l 3"]], seed: int, sample: int = 0) -> SparseTensor:
+        """Noise on the occupied voxels; it depends on (seed, sample, voxel) alone."""
+        channels, grid_size = self.backbone.config.latent_channels, self.backbone.config.grid_size
+        noise = [voxel_noise(coords.cpu(), channels, grid_size, seed, sample) for coords in voxels]
+        return SparseTensor.from_coords([c.cpu() for c in voxels], noise, grid_size).to(self.device, self.dtype)
+
+    def denormalise(self, latents: SparseTensor) -> SparseTensor:
+        """Latents as the flow knows them -> as the decoder knows them, by the statistics in the decoder's config."""
+        mean, std = self.latent_decoder.config.latent_mean, self.latent_decoder.config.latent_std
+        if mean is None or std is None:
+            return latents
+        return latents.replace(latents.features * latents.features.new_tensor(std) + latents.features.new_tensor(mean))
+
+    def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -> Path:
+        """Write the pipeline as a directory that `from_pretrained` loads.
+
+        Args:
+            directory: made if missing.
+            dtype: of the stored tensors; None keeps the pipeline's.
+        """
+        modules = {role: c for role, c in self.components.items() if isinstance(c, nn.Module)}
+        save_pipeline(directory, self.config, modules, dtype or self.dtype)
+        return Path(directory)
+
+    def weight_hashes(self) -> dict[str, str]:
+        """SHA-256 of the tensors of every component that has any, by role."""
+        hashes = {role.name: state_sha256(self.components[role.name]) for role in PIPELINE_ROLES}
+        return {role: value for role, value in hashes.items() if value is not None}
+
+    def _sampler(self, steps: int | None, guidance: float | None) -> EulerSampler:
+        given = {"steps": steps, "guidance": guidance}
+        return EulerSampler(**{**dict(self.config.sampler), **{k: v for k, v in given.items() if v is not None}})
+
+
+def _as_views(entry: Any) -> list[Any]:
+    """The pictures of one object: a list stays, a single picture becomes a list of one."""
+    views = list(entry) if isinstance(entry, list | tuple) else [entry]
+    if not views:
+        raise ImageInputError("got an empty list of pictures; expected at least one")
+    return views
+
+
+def _condition(picture: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
+    try:
+        return torch.from_numpy(condition_image(picture, size)).permute(2, 0, 1)
+    except ValueError as error:
+        raise ImageInputError(str(error)) from error
+
+
+def _mix(seed: int, sample: int) -> int:
+    """One 32-bit seed of two numbers (torch's CPU generator uses no more bits); sample 0 keeps the seed as it is."""
+    if sample == 0:
+        return seed % 2**32
+    return int.from_bytes(hashlib.blake2b(f"{seed},{sample}".encode(), digest_size=4).digest(), "little")
+
+
+def _stage(callback: Callback | None, stage: str) -> Callable[[int, int], None] | None:
+    return None if callback is None else lambda done, total: callback(stage, done, total)
+
+
+@contextmanager
+def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[stage] = time.perf_counter() - start

@@ -1,0 +1,80 @@
+"""What a pipeline is made of: the contents of ``pipeline.json``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from diff2to3._plugins import PIPELINE_ROLES
+
+FORMAT_VERSION: Literal[1] = 1
+
+
+class ComponentConfig(BaseModel):
+    """Which component plays a role.
+
+    Args:
+        name: ``"name"`` or ``"distribution:name"`` of an installed component.
+        config: fields of that component's own config model, which validates them when it is built.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class SamplerConfig(BaseModel):
+    """How the latent flow is integrated; see `smdit.EulerSampler`. Stage 1 keeps its own settings in its config.
+
+    Args:
+        steps: Euler steps.
+        guidance: w of (1 + w) conditional - w unconditional.
+        interval: guidance acts for t inside it.
+        shift: r of t <- r t / (1 + (r - 1) t).
+        rescale: share by which the guided velocity is rescaled to the conditional one's deviation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(25, ge=1)
+    guidance: float = Field(5.0, ge=0)
+    interval: tuple[float, float] = (0.0, 1.0)
+    shift: float = Field(1.0, gt=0)
+    rescale: float = Field(0.0, ge=0, le=1)
+
+
+class PipelineConfig(BaseModel):
+    """A pipeline directory's ``pipeline.json``.
+
+    Args:
+        format_version: version of this format.
+        name: what the pipeline calls itself.
+        description: a sentence for people.
+        frame: frame the objects were trained in: ``"canonical"``, or ``"view-snapped"`` (yaw turned by multiples of 90
+            degrees so that the condition camera is within 45 degrees of the front).
+        roles: role -> component. Matting and renderer may be left out; the models may not.
+        sampler: integration of the latent flow.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str
+    description: str = ""
+    frame: Literal["canonical", "view-snapped"] = "canonical"
+    roles: dict[str, ComponentConfig]
+    sampler: SamplerConfig = SamplerConfig()
+
+    @field_validator("roles")
+    @classmethod
+    def _complete(cls, roles: dict[str, ComponentConfig]) -> dict[str, ComponentConfig]:
+        names = [role.name for role in PIPELINE_ROLES]
+        if unknown := sorted(set(roles) - set(names)):
+            raise ValueError(f"unknown roles {', '.join(unknown)}; expected {', '.join(names)}")
+        defaults = {"matting": ComponentConfig(name="border"), "renderer": ComponentConfig(name="auto")}
+        roles = {**defaults, **roles}
+        if missing := [name for name in names if name not in roles]:
+            raise ValueError(f"no component for {', '.join(missing)}")
+        return {name: roles[name] for name in names}

@@ -1,0 +1,34 @@
+"""Plugins: announced through pluggy, selected by a typed registry, built when they are needed."""
+
+from diff2to3._plugins._build import build as build
+from diff2to3._plugins._build import check as check
+from diff2to3._plugins._build import load_config_model as load_config_model
+from diff2to3._plugins._build import load_target as load_target
+from diff2to3._plugins._build import register as register
+from diff2to3._plugins._build import validate_config as validate_config
+from diff2to3._plugins._registry import Component as Component
+from diff2to3._plugins._registry import Failure as Failure
+from diff2to3._plugins._registry import Registry as Registry
+from diff2to3._plugins._registry import registry as registry
+from diff2to3._plugins._roles import BACKBONE as BACKBONE
+from diff2to3._plugins._roles import EXPORTER as EXPORTER
+from diff2to3._plugins._roles import FEATURE_EXTRACTOR as FEATURE_EXTRACTOR
+from diff2to3._plugins._roles import LATENT_DECODER as LATENT_DECODER
+from diff2to3._plugins._roles import MATTING as MATTING
+from diff2to3._plugins._roles import METRIC as METRIC
+from diff2to3._plugins._roles import PIPELINE_ROLES as PIPELINE_ROLES
+from diff2to3._plugins._roles import RENDERER as RENDERER
+from diff2to3._plugins._roles import ROLES as ROLES
+from diff2to3._plugins._roles import STRUCTURE as STRUCTURE
+from diff2to3._plugins._roles import Backbone as Backbone
+from diff2to3._plugins._roles import Exporter as Exporter
+from diff2to3._plugins._roles import FeatureExtractor as FeatureExtractor
+from diff2to3._plugins._roles import LatentDecoder as LatentDecoder
+from diff2to3._plugins._roles import Matting as Matting
+from diff2to3._plugins._roles import Metric as Metric
+from diff2to3._plugins._roles import Renderer as Renderer
+from diff2to3._plugins._roles import Role as Role
+from diff2to3._plugins._roles import Structure as Structure
+from diff2to3._plugins._spec import API_VERSION as API_VERSION
+from diff2to3._plugins._spec import ComponentSpec as ComponentSpec
+from diff2to3._plugins._spec import hookimpl as hookimpl

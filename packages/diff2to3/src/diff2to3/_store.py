@@ -1,0 +1,195 @@
+"""Pipeline directories: ``pipeline.json`` and a ``<role>.safetensors`` for every component with weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from diff2to3._atomic import replacing
+from diff2to3._errors import PipelineFormatError
+from diff2to3._pipeline_config import PipelineConfig
+from diff2to3._plugins import PIPELINE_ROLES
+
+CONFIG_NAME = "pipeline.json"
+EMBEDDED = Path(__file__).parent / "_weights"
+DEFAULT_PIPELINE = "tiny"
+
+
+def locate(source: str | os.PathLike[str] | None) -> Path:
+    """The local directory of a pipeline.
+
+    Args:
+        source: None for the embedded default; an existing directory; the name of an embedded pipeline; or a Hub id
+            ``"owner/name"``, which is downloaded into the Hub's cache.
+
+    Raises:
+        PipelineFormatError: nothing of that name, or the Hub does not give it.
+    """
+    if source is None:
+        source = DEFAULT_PIPELINE
+        if not (EMBEDDED / source / CONFIG_NAME).is_file():
+            raise PipelineFormatError(
+                f"this installation has no embedded pipeline {source!r} ({EMBEDDED / source} lacks {CONFIG_NAME}); "
+                "give the directory or the Hub id of a pipeline"
+            )
+    if Path(source).is_dir():
+        return Path(source)
+    text = os.fspath(source)
+    if (EMBEDDED / text / CONFIG_NAME).is_file() and "/" not in text:
+        return EMBEDDED / text
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/"):
+        return _from_hub(text)
+    raise PipelineFormatError(
+        f"no pipeline {text!r}; expected a directory, a Hub id 'owner/name', or one of the embedded ones: "
+        f"{', '.join(embedded_names()) or 'none in this installation'}"
+    )
+
+
+def embedded_names() -> list[str]:
+    """Names of the pipelines inside this installation."""
+    return sorted(path.parent.name for path in EMBEDDED.glob(f"*/{CONFIG_NAME}"))
+
+
+def read_config(directory: Path) -> PipelineConfig:
+    """The checked contents of a directory's ``pipeline.json``.
+
+    Raises:
+        PipelineFormatError: missing, not JSON, or not what `PipelineConfig` expects.
+    """
+    path = directory / CONFIG_NAME
+    try:
+        return PipelineConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise PipelineFormatError(f"{directory} is not a pipeline: it has no {CONFIG_NAME}") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise PipelineFormatError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors())
+        raise PipelineFormatError(f"{path}: {problems}") from error
+
+
+def weights_path(directory: Path, role: str) -> Path:
+    """Where a directory keeps the weights of a role."""
+    return directory / f"{role}.safetensors"
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module with the tensors of a safetensors file: exactly its own, of its shapes, all finite.
+
+    Raises:
+        PipelineFormatError: missing or damaged file; missing, unexpected, misshapen or non-finite tensors, by name.
+    """
+    expected = module.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            _compare(f"{path}: missing tensors", sorted(expected.keys() - names))
+            _compare(f"{path}: unexpected tensors", sorted(names - expected.keys()))
+            state = {name: file.get_tensor(name) for name in sorted(names)}
+    except FileNotFoundError as error:
+        raise PipelineFormatError(f"{path}: no such file; the pipeline lacks these weights") from error
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise PipelineFormatError(f"{path} is damaged or truncated, not a whole safetensors file: {reason}") from error
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            wanted = list(expected[name].shape)
+            raise PipelineFormatError(f"{path}: tensor {name} has shape {list(tensor.shape)}, expected {wanted}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise PipelineFormatError(f"{path}: tensor {name} holds {count} values that are NaN or infinite")
+    module.load_state_dict(state, strict=True)
+
+
+def save_pipeline(
+    directory: str | os.PathLike[str],
+    config: PipelineConfig,
+    modules: Mapping[str, nn.Module],
+    dtype: torch.dtype | str = torch.float16,
+) -> None:
+    """Write a pipeline directory.
+
+    Args:
+        directory: made if missing; files of the same names are replaced, each at once.
+        config: becomes ``pipeline.json``.
+        modules: role -> module whose parameters and persistent buffers become ``<role>.safetensors``.
+        dtype: of the stored floating-point tensors.
+
+    Raises:
+        ValueError: a role that `config` does not have, or weights that are not finite in `dtype`.
+    """
+    directory = Path(directory)
+    if unknown := sorted(set(modules) - {role.name for role in PIPELINE_ROLES}):
+        raise ValueError(f"no such roles: {', '.join(unknown)}; expected {', '.join(r.name for r in PIPELINE_ROLES)}")
+    dtype = parse_dtype(dtype)
+    directory.mkdir(parents=True, exist_ok=True)
+    for role, module in modules.items():
+        state = {
+            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+            for name, tensor in module.state_dict().items()
+        }
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{role}: tensor {name} is not finite as {dtype}; it cannot be saved")
+        if state:
+            with replacing(weights_path(directory, role)) as temporary:
+                save_file(state, temporary)
+    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    with replacing(directory / CONFIG_NAME) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """``"float32"``, ``"float16"`` or ``"bfloat16"`` (or such a `torch.dtype`) as a `torch.dtype`."""
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    found = names.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in names.values():
+        raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(names)}")
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_sha256(component: Any) -> str | None:
+    """SHA-256 over names, types, shapes and bytes of a module's state; None for components without tensors."""
+    state = component.state_dict() if isinstance(component, nn.Module) else {}
+    if not state:
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _compare(message: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise PipelineFormatError(f"{message}: {', '.join(names[:5])}{more}")
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.md", "LICENSE*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PipelineFormatError(
+            f"{repository!r} is no directory here, and the Hub does not give it ({type(error).__name__}: {reason})"
+        ) from error
