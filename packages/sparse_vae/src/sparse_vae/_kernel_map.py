@@ -1,0 +1,123 @@
+"""Convolution over a kernel map in plain PyTorch: the backend that runs everywhere, and the oracle of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+GATHER_BUDGET = 2**29
+"""Bytes that the gathered operand of the CUDA path may take; longer inputs go through in pieces."""
+
+
+@dataclass(frozen=True, eq=False)
+class KernelMap:
+    """Which input row meets which output row at every kernel offset. An output row sees each offset at most once.
+
+    Attributes:
+        sources: int64 [K, M], input row that offset k contributes to output row i, or `num_inputs` for none.
+        targets: int64 [K, N], the transpose: output row to which offset k carries input row j, or M for none.
+    """
+
+    sources: Int[Tensor, "K M"]
+    targets: Int[Tensor, "K N"]
+
+    @property
+    def num_outputs(self) -> int:
+        return self.sources.shape[1]
+
+    @property
+    def num_inputs(self) -> int:
+        return self.targets.shape[1]
+
+    @cached_property
+    def transposed(self) -> KernelMap:
+        """The map that carries outputs back to inputs."""
+        return KernelMap(self.targets, self.sources)
+
+    @cached_property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(input rows, output rows) that meet at every offset (synchronises with the host once)."""
+        result = []
+        for sources in self.sources:
+            outputs = (sources < self.num_inputs).nonzero().squeeze(1)
+            result.append((sources[outputs], outputs))
+        return result
+
+
+def convolve(x: Float[Tensor, "N C"], weight: Float[Tensor, "D K C"], kernel_map: KernelMap) -> Float[Tensor, "M D"]:
+    """Sum over offsets: `out[i] = sum_k weight[:, k] @ x[sources[k, i]]`. Differentiable in `x` and `weight`.
+
+    Saves nothing for the backward besides its arguments, and adds up in a fixed order in both directions.
+    """
+    return _Convolve.apply(x, weight, kernel_map)
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, kernel_map):
+        ctx.save_for_backward(x, weight)
+        ctx.kernel_map = kernel_map
+        return _forward(x, weight, kernel_map)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        # Autocast does not reach into a custom backward, so the products run in the dtype of their operands.
+        grad = grad.to(x.dtype).contiguous()
+        if ctx.needs_input_grad[0]:
+            grad_x = _forward(grad, weight.permute(2, 1, 0), ctx.kernel_map.transposed)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(x, grad, ctx.kernel_map).to(weight.dtype)
+        return grad_x, grad_weight, None
+
+
+# A CPU is bound by arithmetic and multiplies only the pairs that exist; a GPU is bound by memory traffic and launches
+# and makes one large product, absent neighbours being a row of zeros.
+
+
+def _forward(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
+    if x.device.type != "cpu":
+        return _gathered_forward(x, weight, kernel_map)
+    out = x.new_zeros(kernel_map.num_outputs, weight.shape[0])
+    for k, (inputs, outputs) in enumerate(kernel_map.pairs):
+        if len(outputs):
+            out.index_add_(0, outputs, x.index_select(0, inputs) @ weight[:, k].T)
+    return out
+
+
+def _weight_gradient(x: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
+    if x.device.type != "cpu":
+        return _gathered_weight_gradient(x, grad, kernel_map)
+    products = [grad.index_select(0, outputs).T @ x.index_select(0, inputs) for inputs, outputs in kernel_map.pairs]
+    return torch.stack(products, dim=1)
+
+
+def _gathered_forward(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
+    matrix = weight.flatten(1).T
+    pieces = [gathered @ matrix for gathered in _gather(x, kernel_map)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _gathered_weight_gradient(x: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
+    # Pieces add up in float32: their number, and so the rounding, must not matter.
+    total = x.new_zeros(grad.shape[1], kernel_map.sources.shape[0] * x.shape[1], dtype=torch.float32)
+    row = 0
+    for gathered in _gather(x, kernel_map):
+        total += grad[row : row + len(gathered)].T @ gathered
+        row += len(gathered)
+    return total.unflatten(1, (-1, x.shape[1]))
+
+
+def _gather(x: Tensor, kernel_map: KernelMap):
+    """Rows of all offsets side by side [m, K C], in pieces of the output rows that fit the memory budget."""
+    num_offsets, channels = kernel_map.sources.shape[0], x.shape[1]
+    padded = torch.cat([x, x.new_zeros(1, channels)])
+    size = max(1024, GATHER_BUDGET // (num_offsets * channels * x.element_size()))
+    for sources in kernel_map.sources.split(size, dim=1):
+        yield padded.index_select(0, sources.T.reshape(-1)).view(-1, num_offsets * channels)
