@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -151,8 +152,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
     ):
         if len(queries) == 0:
             continue
-        batched = [rows.unflatten(0, (bucket.num_segments, -1)).transpose(1, 2) for rows in (queries, keys, values)]
-        output = F.scaled_dot_product_attention(*batched, attn_mask=bucket.key_mask)
+        batch = [rows.unflatten(0, (bucket.num_segments, -1)).transpose(1, 2) for rows in (queries, keys, values)]
+        output = F.scaled_dot_product_attention(batch[0], batch[1], batch[2], attn_mask=bucket.key_mask)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return padding.unpad(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
 
@@ -163,7 +164,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
 
     # Some releases give the kernels' raw strides to the backward; contiguous rows are right for all of them.
     q, k, v = (rows.contiguous() for rows in (q, k, v))
-    return varlen_attn(q, k, v, layout.offsets, layout.key_offsets, layout.max_length, layout.max_key_length)
+    lengths = layout.offsets, layout.key_offsets, layout.max_length, layout.max_key_length
+    return cast(Tensor, varlen_attn(q, k, v, *lengths))
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:

@@ -18,7 +18,7 @@ from sparse_vae._topology import Topology
 
 
 class SparseTransformer(nn.Module):
-    """Linear layer, absolute positions, windowed transformer blocks, linear layer (TRELLIS structured_latent_vae/base.py).
+    """Linear layer, absolute positions, windowed blocks, linear layer (TRELLIS structured_latent_vae/base.py).
 
     Under autocast the residual stream and the output layer stay in the dtype of the parameters.
 
@@ -142,7 +142,7 @@ class SparseVAE(nn.Module):
         self.decoder = GaussianDecoder(config)
 
     def encode(self, x: SparseTensor, generator: torch.Generator | None = None) -> SparseTensor:
-        """Features [N, in_channels] -> latents [N, latent_channels]: the mean, or a sample when a generator is given."""
+        """Features [N, in_channels] -> latents [N, latent_channels]: the mean, or a sample if a generator is given."""
         mean, logvar = self.encoder(x)
         return mean if generator is None else mean.replace(sample_normal(mean.features, logvar.features, generator))
 

@@ -138,7 +138,8 @@ class ResBlock3d(nn.Module):
         self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if out_channels == channels else nn.Conv3d(channels, out_channels, 1)
         nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        if self.conv2.bias is not None:
+            nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Float[Tensor, "B C X Y Z"]) -> Float[Tensor, "B D X Y Z"]:
         h = self.conv1(F.silu(self.norm1(x)))

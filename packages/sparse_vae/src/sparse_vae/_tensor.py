@@ -35,7 +35,7 @@ class SparseTensor:
             )
         if self.features.device != self.topology.device:
             raise ValueError(
-                f"features are on {self.features.device} but the topology is on {self.topology.device}: move one of them"
+                f"features are on {self.features.device} but the topology is on {self.topology.device}: move one"
             )
 
     @classmethod

@@ -229,7 +229,7 @@ class Topology:
         return Coarsening(Topology._trusted(coords.int(), coarse_size, self.batch_size), parent, octant.long())
 
     def children(self) -> Int[Tensor, "8 M"]:
-        """int64 [8, M]: fine row at every octant of the M coarse voxels of `coarser()`, N (= len(self)) where absent."""
+        """int64 [8, M]: fine row at every octant of the M voxels of `coarser()`, N (= len(self)) where absent."""
         return self.memo("children", self._make_children)
 
     def _make_children(self) -> Tensor:
