@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,17 @@ from diff2to3._plugins import PIPELINE_ROLES, Role, build, check, load_config_mo
 from diff2to3._store import load_weights, weights_path
 
 
-def assemble(
-    directory: Path, config: PipelineConfig, overrides: Mapping[str, Any]
-) -> tuple[PipelineConfig, dict[str, Any]]:
-    """The components of a pipeline with weights, and the config that describes what was built.
+@dataclass(frozen=True)
+class Assembly:
+    """Built components by role, the config that describes them, and the file of each that has its weights from one."""
+
+    config: PipelineConfig
+    components: dict[str, Any]
+    weight_files: dict[str, Path]
+
+
+def assemble(directory: Path, config: PipelineConfig, overrides: Mapping[str, Any]) -> Assembly:
+    """Build the components of a pipeline and load their weights.
 
     Args:
         directory: where the weights are.
@@ -27,10 +35,13 @@ def assemble(
     """
     components: dict[str, Any] = {}
     chosen: dict[str, ComponentConfig] = {}
+    files: dict[str, Path] = {}
     for role in PIPELINE_ROLES:
         override, own = overrides.get(role.name), config.roles[role.name]
         if override is None or override == own.name:
             components[role.name], chosen[role.name] = _from_directory(role, own, directory), own
+            if (path := weights_path(directory, role.name)).is_file():
+                files[role.name] = path
         elif isinstance(override, str):
             replacement = ComponentConfig(name=override, config=_shared_settings(role, override, own))
             components[role.name], chosen[role.name] = _from_plugin(role, replacement), replacement
@@ -38,7 +49,7 @@ def assemble(
             kind = type(override)
             name = f"{kind.__module__}.{kind.__qualname__}"
             components[role.name], chosen[role.name] = check(role, override, name), ComponentConfig(name=name)
-    return config.model_copy(update={"roles": chosen}), components
+    return Assembly(config.model_copy(update={"roles": chosen}), components, files)
 
 
 def check_fit(components: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,8 +97,8 @@ def _from_plugin(role: Role[Any], replacement: ComponentConfig) -> Any:
     component = _build_quietly(role, replacement)
     if _needs_weights(role, replacement.name, component):
         raise ComponentError(
-            f"the {role.name} {replacement.name!r} has no weights of its own, and this pipeline has none for it; give a "
-            "pipeline directory that contains it, or pass a loaded object to Pipeline.from_pretrained"
+            f"the {role.name} {replacement.name!r} has no weights of its own, and this pipeline has none for it; "
+            "give a pipeline directory that contains it, or pass a loaded object to Pipeline.from_pretrained"
         )
     return component
 
@@ -115,10 +126,10 @@ def _shared_settings(role: Role[Any], name: str, own: ComponentConfig) -> dict[s
 def _token_channels(extractor: Any) -> int:
     """Channels of the condition tokens, found by tokenising a feature map of zeros of the right size."""
     side = extractor.image_size // extractor.stride
-    tensor = next(iter(extractor.parameters()), None) if isinstance(extractor, nn.Module) else None
-    options = {"device": tensor.device, "dtype": tensor.dtype} if tensor is not None else {}
+    own = next(iter(extractor.parameters()), None) if isinstance(extractor, nn.Module) else None
+    feature_map = torch.zeros(1, extractor.channels, side, side)
     with torch.no_grad():
-        tokens = extractor.tokens(torch.zeros(1, extractor.channels, side, side, **options))
+        tokens = extractor.tokens(feature_map if own is None else feature_map.to(own))
     if tokens.ndim != 4:
         raise ComponentError(
             f"the feature extractor {type(extractor).__name__} gives tokens of shape {list(tokens.shape)}; "

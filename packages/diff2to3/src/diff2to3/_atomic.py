@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from diff2to3._errors import InputError
 
 
 @contextmanager
@@ -21,8 +24,33 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Make a folder with its parents; what was made is removed again if the block fails and left it empty.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # permissions alone do not tell: the file system may be read-only
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{path} cannot be the output folder: a file is in the way") from error
+    except OSError as error:
+        raise InputError(f"the output folder {path} is not writable: {error.strerror}; expected one that is") from error
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # not empty: finished results stay
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def staging(directory: Path, name: str) -> Iterator[Path]:
-    """A temporary folder inside `directory`, whose files move there when the block ends well; nothing remains if not."""
+    """A temporary folder inside `directory` whose files move there when the block ends well, and vanish when not."""
     folder = directory / f".{name}.{os.getpid()}.tmp"
     folder.mkdir()
     try:

@@ -38,7 +38,7 @@ def read_image(source: ImageSource) -> Image.Image:
         image = _decode(source, "the PIL image")
     else:
         image = _from_array(source)
-    if image.mode == "RGBA" and image.getextrema()[3][0] == 255:  # type: ignore[index]
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255):
         return image.convert("RGB")
     return image
 

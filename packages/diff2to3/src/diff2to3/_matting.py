@@ -14,15 +14,13 @@ class BorderMattingConfig(BaseModel):
 
     Args:
         tolerance: a pixel this close to the background's colour is background where it connects to the border.
-        softness: over this further distance alpha rises from 0 to 1 at the object's edge.
         plainness: share of border pixels that must have the background's colour; below it the picture is refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tolerance: float = Field(0.06, gt=0, lt=1)
-    softness: float = Field(0.12, gt=0, lt=1)
-    plainness: float = Field(0.6, ge=0, le=1)
+    tolerance: float = Field(default=0.06, gt=0, lt=1)
+    plainness: float = Field(default=0.6, ge=0, le=1)
 
 
 class BorderMatting:
@@ -55,7 +53,7 @@ class BorderMatting:
         outside = _connected_to_border(distance <= self.config.tolerance)
         if outside.all():
             raise ImageInputError("the picture shows no object: everything has the colour of its border")
-        alpha = _soft_edge(outside, (distance - self.config.tolerance) / self.config.softness)
+        alpha = _soft_edge(outside, distance)
         # colour = alpha * object + (1 - alpha) * background, solved for the object
         mixed = np.maximum(alpha, 1e-3)[..., None]
         colour = np.clip((rgb - (1.0 - alpha[..., None]) * background) / mixed, 0.0, 1.0)
@@ -84,11 +82,20 @@ def _fill_runs(mask: np.ndarray, reached: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(filled, -1, axis)
 
 
-def _soft_edge(outside: np.ndarray, rise: np.ndarray) -> np.ndarray:
-    """Alpha [H, W]: 0 outside, 1 inside, and `rise` clipped to [0, 1] on the two pixels next to the outside."""
-    near = np.asarray(Image.fromarray(outside.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(5))) > 0
-    alpha = np.where(near, np.clip(rise, 0.0, 1.0), 1.0)
-    return np.where(outside, 0.0, alpha).astype(np.float32)
+def _soft_edge(outside: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Alpha [H, W]: 0 outside, 1 inside, in between on the two pixels next to the outside.
+
+    There a pixel mixes object and background, so its distance from the background's colour is alpha times the object's:
+    alpha is that distance over the largest one nearby.
+    """
+
+    def spread(values: np.ndarray, size: int) -> np.ndarray:
+        return np.asarray(Image.fromarray(values).filter(ImageFilter.MaxFilter(size)))
+
+    near = spread(outside.astype(np.uint8), 5) > 0
+    object_distance = spread(np.round(distance * 255).astype(np.uint8), 7).astype(np.float32) / 255
+    alpha = np.clip(distance / np.maximum(object_distance, 1 / 255), 0.0, 1.0)
+    return np.where(outside, 0.0, np.where(near, alpha, 1.0)).astype(np.float32)
 
 
 class RembgMattingConfig(BaseModel):

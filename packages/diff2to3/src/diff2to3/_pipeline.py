@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 
 from diff2to3._assemble import assemble, check_fit
 from diff2to3._asset import Asset
-from diff2to3._errors import ImageInputError
+from diff2to3._errors import ImageInputError, InputError
 from diff2to3._image import condition_image
 from diff2to3._inputs import ImageSource, read_image
 from diff2to3._pipeline_config import PipelineConfig
-from diff2to3._plugins import PIPELINE_ROLES, Backbone, FeatureExtractor, LatentDecoder, Matting, Renderer, Structure
-from diff2to3._store import locate, parse_dtype, read_config, save_pipeline, state_sha256
+from diff2to3._plugins import Backbone, FeatureExtractor, LatentDecoder, Matting, Renderer, Structure, registry
+from diff2to3._store import file_sha256, locate, parse_dtype, read_config, save_pipeline, state_sha256
 
 #: Called as callback(stage, steps done, steps in all).
 Callback = Callable[[str, int, int], None]
@@ -55,6 +56,7 @@ class Pipeline:
         self.config = config
         self.device, self.dtype = torch.device(device), parse_dtype(dtype)
         self.components = check_fit(components)
+        self._weight_files: dict[str, Path] = {}
         for component in self.components.values():
             if isinstance(component, nn.Module):
                 component.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
@@ -101,9 +103,11 @@ class Pipeline:
             "renderer": renderer,
         }
         directory = locate(source)
-        config, components = assemble(directory, read_config(directory), overrides)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(config, components, device=device, dtype=dtype)
+        device, dtype = _usable_device(device), parse_dtype(dtype)
+        assembly = assemble(directory, read_config(directory), overrides)
+        pipeline = cls(assembly.config, assembly.components, device=device, dtype=dtype)
+        pipeline._weight_files = assembly.weight_files
+        return pipeline
 
     def __call__(
         self,
@@ -148,23 +152,24 @@ class Pipeline:
         Every object gets the noise that it would get alone. For the arguments see `__call__`.
         """
         timings: dict[str, float] = {}
-        with _timed(timings, "image"):
+        timed = functools.partial(_timed, timings, self.device)
+        with timed("image"):
             pictures = [[self.cut_out(view) for view in _as_views(entry)] for entry in images]
-        with _timed(timings, "features"):
+        with timed("features"):
             condition = self.encode(pictures)
-        with _timed(timings, "structure"):
+        with timed("structure"):
             seeds = [_mix(seed, sample)] * len(pictures)
             voxels = self.structure.sample(
                 condition, seeds=seeds, steps=steps, guidance=guidance, callback=_stage(callback, "structure")
             )
             if empty := [i for i, coords in enumerate(voxels) if not len(coords)]:
                 raise ImageInputError(f"no voxel was found occupied for picture {empty[0] + 1}; try another seed")
-        with _timed(timings, "latents"):
+        with timed("latents"):
             noise = self.initial_noise(voxels, seed, sample)
             latents = self._sampler(steps, guidance).sample(
                 self.backbone, noise, condition, callback=_stage(callback, "latents")
             )
-        with _timed(timings, "gaussians"):
+        with timed("gaussians"):
             objects = self.latent_decoder(self.denormalise(latents))
         settings = {"seed": seed, "sample": sample, "steps": steps, "guidance": guidance}
         return [
@@ -215,14 +220,25 @@ class Pipeline:
             directory: made if missing.
             dtype: of the stored tensors; None keeps the pipeline's.
         """
-        modules = {role: c for role, c in self.components.items() if isinstance(c, nn.Module)}
+        modules = {}
+        for role, component in self.components.items():
+            spec = (
+                registry().find(role, self.config.roles[role].name).spec
+            )  # a directory can only name what is announced
+            if isinstance(component, nn.Module) and spec.weights == "pipeline":
+                modules[role] = component
         save_pipeline(directory, self.config, modules, dtype or self.dtype)
         return Path(directory)
 
     def weight_hashes(self) -> dict[str, str]:
-        """SHA-256 of the tensors of every component that has any, by role."""
-        hashes = {role.name: state_sha256(self.components[role.name]) for role in PIPELINE_ROLES}
-        return {role: value for role, value in hashes.items() if value is not None}
+        """SHA-256 by role: of the weights file, or of the tensors of a component that has none in the directory."""
+        hashes: dict[str, str] = {}
+        for role, component in self.components.items():
+            file = self._weight_files.get(role)
+            value = file_sha256(file) if file else state_sha256(component)
+            if value is not None:
+                hashes[role] = value
+        return hashes
 
     def _sampler(self, steps: int | None, guidance: float | None) -> EulerSampler:
         given = {"steps": steps, "guidance": guidance}
@@ -244,6 +260,18 @@ def _condition(picture: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
         raise ImageInputError(str(error)) from error
 
 
+def _usable_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # how torch reports unknown, absent and not compiled-in devices
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"device {str(device)!r} cannot be used ({reason}); expected for example 'cpu'") from error
+    return chosen
+
+
 def _mix(seed: int, sample: int) -> int:
     """One 32-bit seed of two numbers (torch's CPU generator uses no more bits); sample 0 keeps the seed as it is."""
     if sample == 0:
@@ -256,7 +284,9 @@ def _stage(callback: Callback | None, stage: str) -> Callable[[int, int], None] 
 
 
 @contextmanager
-def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+def _timed(timings: dict[str, float], device: torch.device, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     timings[stage] = time.perf_counter() - start

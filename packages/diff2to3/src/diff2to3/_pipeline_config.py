@@ -38,11 +38,11 @@ class SamplerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(25, ge=1)
-    guidance: float = Field(5.0, ge=0)
+    steps: int = Field(default=25, ge=1)
+    guidance: float = Field(default=5.0, ge=0)
     interval: tuple[float, float] = (0.0, 1.0)
-    shift: float = Field(1.0, gt=0)
-    rescale: float = Field(0.0, ge=0, le=1)
+    shift: float = Field(default=1.0, gt=0)
+    rescale: float = Field(default=0.0, ge=0, le=1)
 
 
 class PipelineConfig(BaseModel):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diff2to3._atomic import replacing
-from diff2to3._errors import PipelineFormatError
+from diff2to3._errors import InputError, PipelineFormatError
 from diff2to3._pipeline_config import PipelineConfig
 from diff2to3._plugins import PIPELINE_ROLES
 
@@ -153,8 +153,8 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """``"float32"``, ``"float16"`` or ``"bfloat16"`` (or such a `torch.dtype`) as a `torch.dtype`."""
     names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     found = names.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in names.values():
-        raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(names)}")
+    if found is None or found not in names.values():
+        raise InputError(f"unknown dtype {dtype!r}; expected one of {', '.join(names)}")
     return found
 
 

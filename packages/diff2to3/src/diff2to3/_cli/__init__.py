@@ -1,0 +1,88 @@
+"""The command ``diff2to3``. Commands are imported when they run, so that ``--help`` costs no PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+
+import click
+
+import diff2to3
+from diff2to3._errors import InputError
+
+_COMMANDS = {
+    "generate": ("diff2to3._cli._generate:generate", "Make 3D Gaussians from pictures."),
+    "view": ("diff2to3._cli._files:view", "Show a splat file in the browser."),
+    "convert": ("diff2to3._cli._files:convert", "Write a splat file in another format."),
+    "info": ("diff2to3._cli._files:info", "Describe a splat file or a pipeline directory."),
+    "plugins": ("diff2to3._cli._listing:plugins", "List the components that can be chosen."),
+    "doctor": ("diff2to3._cli._listing:doctor", "Say what works on this machine, and what not and why."),
+    "data": ("diff2to3.data._cli:data", "Prepare training data."),
+    "train": ("diff2to3.train._cli:train", "Train the models."),
+    "eval": ("diff2to3.eval._cli:evaluate", "Measure reconstruction and generation."),
+}
+_EXTRAS = {"data": "data", "train": "train", "eval": "eval"}
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if cmd_name not in _EXTRAS:
+                raise
+            extra = _EXTRAS[cmd_name]
+            raise click.UsageError(
+                f"'diff2to3 {cmd_name}' needs the module {error.name}: pip install 'diff2to3[{extra}]'"
+            ) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(diff2to3.__version__, prog_name="diff2to3")
+def cli() -> None:
+    """One picture in, a 3D Gaussian splatting asset out.
+
+    Exit codes: 0 done, 2 wrong usage or bad input, 1 a fault.
+    """
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except InputError as error:
+        _fail(str(error))
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("diff2to3: interrupted", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    """One line on stderr, exit code 2."""
+    click.echo(f"diff2to3: error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signum)  # unwinds the stack, so that half-written files are removed

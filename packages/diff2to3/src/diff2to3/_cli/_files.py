@@ -1,0 +1,151 @@
+"""``diff2to3 view``, ``convert`` and ``info``: work on files that exist."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from diff2to3._errors import InputError
+
+if TYPE_CHECKING:
+    from gs_render import Gaussians
+
+_UP = click.option(
+    "--up", type=click.Choice(["y", "-y", "z"]), help="Up axis of the file, where its format's own is wrong."
+)
+
+
+@click.command()
+@click.argument("file")
+@click.option("-o", "--out", metavar="FILE.html", help="Where to write the page.  [default: a temporary file]")
+@click.option("--no-browser", is_flag=True, help="Only write the page and print its path.")
+def view(file: str, out: str | None, no_browser: bool) -> None:
+    """Show a splat file in the browser, as one page that works offline."""
+    from diff2to3._atomic import replacing
+    from diff2to3._plugins import EXPORTER, build
+
+    source = Path(file)
+    if source.suffix.lower() == ".html":
+        page = _existing(source)
+    else:
+        gaussians = _load(source)
+        page = Path(out) if out else Path(tempfile.mkdtemp(prefix="diff2to3-")) / f"{source.stem}.html"
+        with replacing(_writable(page)) as temporary:
+            build(EXPORTER, "html")(gaussians, temporary)
+    click.echo(str(page))
+    if not no_browser and not webbrowser.open(page.resolve().as_uri()):
+        click.echo("no browser could be started; open the page above in one", err=True)
+
+
+@click.command()
+@click.argument("source", metavar="IN")
+@click.argument("target", metavar="OUT")
+@_UP
+def convert(source: str, target: str, up: str | None) -> None:
+    """Write the splat file IN in the format of OUT's suffix."""
+    from diff2to3._atomic import replacing
+    from diff2to3._plugins import EXPORTER, build
+
+    path = _writable(Path(target))
+    if not path.suffix:
+        raise InputError(f"{path} has no suffix that tells a format; expected for example {path}.ply")
+    export = build(EXPORTER, path.suffix[1:].lower())
+    gaussians = _load(Path(source), up)
+    with replacing(path) as temporary:
+        export(gaussians, temporary)
+    click.echo(f"{path}: {len(gaussians):,} Gaussians, {path.stat().st_size:,} bytes")
+
+
+@click.command()
+@click.argument("path", metavar="FILE|DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def info(path: str, as_json: bool) -> None:
+    """Describe a splat file or a pipeline directory."""
+    facts = _pipeline_facts(Path(path)) if Path(path).is_dir() else _splat_facts(Path(path))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        click.echo(f"{name}: {json.dumps(value) if isinstance(value, dict | list) else value}")
+
+
+def _splat_facts(path: Path) -> dict[str, Any]:
+    gaussians = _load(path)
+    facts: dict[str, Any] = {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "gaussians": len(gaussians),
+        "sh_degree": gaussians.sh_degree,
+    }
+    if not len(gaussians):
+        return facts
+    return {
+        **facts,
+        "min": [round(v, 5) for v in gaussians.means.amin(0).tolist()],
+        "max": [round(v, 5) for v in gaussians.means.amax(0).tolist()],
+        "median_scale": round(float(gaussians.scales.median()), 6),
+        "mean_opacity": round(float(gaussians.opacities.mean()), 4),
+    }
+
+
+def _pipeline_facts(directory: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    from diff2to3._errors import PipelineFormatError
+    from diff2to3._store import file_sha256, read_config, weights_path
+
+    config = read_config(directory)
+    roles: dict[str, Any] = {}
+    for role, component in config.roles.items():
+        roles[role] = {"name": component.name}
+        path = weights_path(directory, role)
+        if not path.is_file():
+            continue
+        try:
+            with safe_open(path, framework="np") as file:
+                count = sum(_size(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise PipelineFormatError(f"{path} is damaged or truncated: {' '.join(str(error).split())}") from error
+        roles[role] |= {"parameters": count, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {
+        "pipeline": config.name,
+        "description": config.description,
+        "frame": config.frame,
+        "sampler": config.sampler.model_dump(mode="json"),
+        "parameters": sum(role.get("parameters", 0) for role in roles.values()),
+        "roles": roles,
+    }
+
+
+def _size(shape: list[int]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a splat file")
+    return path
+
+
+def _writable(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder; expected an existing one to write {path.name} into")
+    return path
+
+
+def _load(path: Path, up: str | None = None) -> Gaussians:
+    import gs_render
+
+    try:
+        return gs_render.load(_existing(path), up=up)
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        raise InputError(message if path.name in message else f"{path}: {message}") from error

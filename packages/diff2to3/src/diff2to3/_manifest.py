@@ -1,0 +1,97 @@
+"""The manifest beside a generated asset: everything needed to make it again."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diff2to3._errors import InputError
+
+if TYPE_CHECKING:
+    from diff2to3._asset import Asset
+    from diff2to3._pipeline import Pipeline
+
+_PACKAGES = ("diff2to3", "marope", "smdit", "sparse-vae", "flux-features", "gs-render", "torch", "numpy", "pillow")
+
+
+class PictureRecord(BaseModel):
+    """An input picture: its path as it was given, and the SHA-256 of its bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """Contents of ``NAME.json``.
+
+    Args:
+        pictures: the input; several are views of one object.
+        pipeline: source as given to `Pipeline.from_pretrained`; None is the embedded one.
+        components: role -> name of the components that replaced the pipeline's own.
+        config: the whole `PipelineConfig` in use.
+        weights: role -> SHA-256.
+        seed, sample, steps, guidance: as given; None is the pipeline's own setting.
+        device, dtype: what it ran on and in.
+        num_voxels, num_gaussians: of the result.
+        versions: of Python and the packages.
+        timings: seconds of each stage, of loading, and of each written file.
+        files: format -> name of the file beside the manifest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    name: str
+    pictures: tuple[PictureRecord, ...]
+    pipeline: str | None
+    components: dict[str, str]
+    config: dict[str, Any]
+    weights: dict[str, str]
+    seed: int
+    sample: int
+    steps: int | None
+    guidance: float | None
+    device: str
+    dtype: str
+    num_voxels: int
+    num_gaussians: int
+    versions: dict[str, str]
+    timings: dict[str, float]
+    files: dict[str, str]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """A manifest written by ``diff2to3 generate``.
+
+    Raises:
+        InputError: missing, not JSON, or not a manifest.
+    """
+    try:
+        return Manifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as a manifest: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise InputError(f"{path} is not a manifest of 'diff2to3 generate': {where}: {first['msg']}") from error
+
+
+def describe(asset: Asset, pipeline: Pipeline) -> dict[str, Any]:
+    """The part of a manifest that the asset and its pipeline tell."""
+    return {
+        "config": pipeline.config.model_dump(mode="json"),
+        "weights": pipeline.weight_hashes(),
+        **asset.settings,
+        "device": str(pipeline.device),
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "num_voxels": len(asset.voxels),
+        "num_gaussians": len(asset.gaussians),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+    }
