@@ -25,6 +25,7 @@ from sparse_vae._losses import kl_divergence as kl_divergence
 from sparse_vae._model import GaussianDecoder as GaussianDecoder
 from sparse_vae._model import SparseVAE as SparseVAE
 from sparse_vae._model import SparseVAEEncoder as SparseVAEEncoder
+from sparse_vae._report import backend_report as backend_report
 from sparse_vae._structure import StructureDecoder as StructureDecoder
 from sparse_vae._structure import StructureEncoder as StructureEncoder
 from sparse_vae._structure import StructureVAE as StructureVAE

@@ -104,6 +104,11 @@ class SparseVAEConfig(_Config):
             return cls(grid_size=32, width=192, num_blocks=4, num_heads=3, gaussians=gaussians)
         raise ValueError(f"no preset {name!r}: choose 'tiny', 'small' or 'paper'")
 
+    @property
+    def filter_2d(self) -> float:
+        """`gaussians.filter_2d`, the renderer's low-pass filter in squared pixels."""
+        return self.gaussians.filter_2d
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.width % self.num_heads:
