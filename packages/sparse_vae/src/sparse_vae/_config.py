@@ -72,7 +72,8 @@ class SparseVAEConfig(_Config):
         gaussians: output of the decoder.
         gradient_checkpointing: recompute blocks in the backward instead of keeping their activations.
         attention_backend: see `attention`; None chooses by device and dtype.
-        latent_mean, latent_std: statistics of the latents over a data set, one value a channel; None until measured.
+        latent_mean, latent_std: statistics of the latents over a data set, one value a channel; None until
+            measured, and then latents count as normalised.
     """
 
     grid_size: PositiveInt = 64
@@ -104,11 +105,6 @@ class SparseVAEConfig(_Config):
             return cls(grid_size=32, width=192, num_blocks=4, num_heads=3, gaussians=gaussians)
         raise ValueError(f"no preset {name!r}: choose 'tiny', 'small' or 'paper'")
 
-    @property
-    def filter_2d(self) -> float:
-        """`gaussians.filter_2d`, the renderer's low-pass filter in squared pixels."""
-        return self.gaussians.filter_2d
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.width % self.num_heads:
@@ -130,7 +126,8 @@ class StructureVAEConfig(_Config):
         norm: normalisation before the output layer, "layer" over channels or "group" of 32 groups.
         threshold: a voxel is occupied where its logit exceeds this.
         gradient_checkpointing: recompute residual blocks in the backward.
-        latent_mean, latent_std: statistics of the latents over a data set; None until measured.
+        latent_mean, latent_std: statistics of the latents over a data set; None until measured, and then latents
+            count as normalised.
     """
 
     grid_size: PositiveInt = 64

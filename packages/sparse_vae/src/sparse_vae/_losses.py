@@ -33,16 +33,14 @@ def dice_loss(logits: Float[Tensor, ...], target: Float[Tensor, ...]) -> Float[T
     return 1 - (2 * overlap + 1) / (probability.sum() + target.sum() + 1)
 
 
-def gaussian_regularisation(gaussians: Sequence[Gaussians]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """What keeps Gaussians small and opaque, averaged over the Gaussians of all objects.
+def gaussian_regularisation(
+    gaussians: Sequence[Gaussians], volume: float = 1e4, opacity: float = 1e-3
+) -> Float[Tensor, ""]:
+    """`volume` * mean(product of scales) + `opacity` * mean((1 - opacity)^2) over the Gaussians of all objects.
 
-    TRELLIS weighs the volume 1e4 and the opacity 1e-3 at 64^3 voxels with 32 Gaussians each. A volume grows with the
+    The default weights are TRELLIS's, for 64^3 voxels with 32 Gaussians each. The volume of a Gaussian grows with the
     cube of the spacing: at 32^3 voxels with 8 Gaussians a weight near 150 has the same effect.
-
-    Returns:
-        volume: mean of the product of the three scales.
-        opacity: mean of (1 - opacity)^2.
     """
     scales = torch.cat([g.scales for g in gaussians]).float()
     opacities = torch.cat([g.opacities for g in gaussians]).float()
-    return scales.prod(dim=-1).mean(), (1 - opacities).square().mean()
+    return volume * scales.prod(dim=-1).mean() + opacity * (1 - opacities).square().mean()

@@ -117,16 +117,6 @@ class GaussianDecoder(nn.Module):
         """The same as calling the module."""
         return self(z)
 
-    def denormalise(self, z: SparseTensor) -> SparseTensor:
-        """Latents of zero mean and unit deviation, as a flow model makes them -> latents in their natural scale."""
-        mean, std = latent_statistics_of(self.config, z.features)
-        return z.replace(z.features * std + mean)
-
-    def normalise(self, z: SparseTensor) -> SparseTensor:
-        """The opposite of `denormalise`."""
-        mean, std = latent_statistics_of(self.config, z.features)
-        return z.replace((z.features - mean) / std)
-
 
 class SparseVAE(nn.Module):
     """Encoder and decoder of the 2to3-VAE.
@@ -163,13 +153,6 @@ def sample_normal(mean: Tensor, logvar: Tensor, generator: torch.Generator) -> T
     """A sample of N(mean, exp(logvar)), differentiable; noise is drawn on the generator's device."""
     noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
     return mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
-
-
-def latent_statistics_of(config: SparseVAEConfig, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [C] of the latents from a config, on the device and in the dtype of `like`."""
-    if config.latent_mean is None or config.latent_std is None:
-        raise ValueError("the config holds no latent statistics: measure them and set latent_mean and latent_std")
-    return like.new_tensor(config.latent_mean), like.new_tensor(config.latent_std)
 
 
 def _check_input(x: SparseTensor, grid_size: int, channels: int) -> None:

@@ -74,19 +74,11 @@ class StructureDecoder(nn.Module):
         return [to_coords(grid) for grid in self(z)[:, 0] > self.config.threshold]
 
     def denormalise(self, z: Float[Tensor, "B C n n n"]) -> Float[Tensor, "B C n n n"]:
-        """Latents of zero mean and unit deviation -> latents in their natural scale."""
-        mean, std = self._statistics(z)
-        return z * std + mean
-
-    def normalise(self, z: Float[Tensor, "B C n n n"]) -> Float[Tensor, "B C n n n"]:
-        """The opposite of `denormalise`."""
-        mean, std = self._statistics(z)
-        return (z - mean) / std
-
-    def _statistics(self, z: Tensor) -> list[Tensor]:
+        """Latents normalised by the statistics in the config -> latents in their natural scale."""
         if self.config.latent_mean is None or self.config.latent_std is None:
-            raise ValueError("the config holds no latent statistics: measure them and set latent_mean and latent_std")
-        return [z.new_tensor(v)[:, None, None, None] for v in (self.config.latent_mean, self.config.latent_std)]
+            return z
+        mean, std = (z.new_tensor(v)[:, None, None, None] for v in (self.config.latent_mean, self.config.latent_std))
+        return z * std + mean
 
 
 class StructureVAE(nn.Module):
