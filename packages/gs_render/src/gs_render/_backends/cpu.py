@@ -1,0 +1,109 @@
+"""The CPU backend: projection in PyTorch, binning and blending by numba (extra `cpu`), gradients by hand."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gs_render._project import Projected
+
+_CHUNKS_PER_THREAD = 8  # tiles differ much in cost: small shares keep every thread busy to the end
+
+
+def is_available() -> str | None:
+    """None if numba is installed, else what is missing."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed: pip install 'gs-render[cpu]'"
+    return None
+
+
+def rasterize(projected: Projected, width: int, height: int) -> tuple[Tensor, Tensor]:
+    """Blend front to back: (features [H, W, 4] weighted sums, alpha [H, W]). Computes in float32 on the host."""
+    device, dtype = projected.means.device, projected.means.dtype
+    fields = (projected.means, projected.conics, projected.opacities, projected.features)
+    host = [field.to("cpu", torch.float32) for field in fields]
+    image, alpha = _Blend.apply(*host, projected.reach, projected.visible, (width, height))
+    return image.to(device, dtype), alpha.to(device, dtype)
+
+
+class _Blend(torch.autograd.Function):
+    """Blending of projected Gaussians with a hand-written gradient (see `_cpu_kernels.blend_tiles_backward`)."""
+
+    @staticmethod
+    def forward(ctx, means, conics, opacities, features, reach, visible, size):  # type: ignore[override]
+        width, height = size
+        kernels = _kernels()
+        tiles_x, tiles_y = -(-width // kernels.TILE), -(-height // kernels.TILE)
+        arrays = [_numpy(value) for value in (means, conics, opacities, features, reach)]
+        ids = np.flatnonzero(visible.cpu().numpy()).astype(np.int32)
+        ids = kernels.sort_by_depth(np.ascontiguousarray(arrays[3][:, 3]), ids)
+        boxes, total = kernels.tile_boxes(ids, arrays[0], arrays[4], tiles_x, tiles_y)
+        offsets, hits = kernels.bin_hits(boxes, total, tiles_x, tiles_x * tiles_y)
+        table = kernels.pack(ids, *arrays)
+        image = np.empty((kernels.CHANNELS, tiles_y * kernels.TILE, tiles_x * kernels.TILE), np.float32)
+        transmittance = np.empty(image.shape[1:], np.float32)
+        _over_tiles(kernels.blend_tiles, offsets, tiles_x, offsets, hits, table, image, transmittance)
+        ctx.work = (ids, offsets, hits, table, image, transmittance, tiles_x, means.shape[0])
+        color = torch.from_numpy(image)[:, :height, :width].permute(1, 2, 0)
+        return color, 1 - torch.from_numpy(transmittance)[:height, :width]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, image_gradient, alpha_gradient):  # type: ignore[override]
+        kernels = _kernels()
+        ids, offsets, hits, table, image, transmittance, tiles_x, count = ctx.work
+        height, width = alpha_gradient.shape
+        padded = np.zeros_like(image)
+        padded[:, :height, :width] = image_gradient.permute(2, 0, 1).numpy()
+        remaining = np.einsum("khw,khw->hw", padded, image)
+        remaining[:height, :width] -= transmittance[:height, :width] * alpha_gradient.numpy()
+        per_hit = np.empty((hits.size, kernels.NUM_GRADIENTS), np.float32)
+        _over_tiles(kernels.blend_tiles_backward, offsets, tiles_x, offsets, hits, table, padded, remaining, per_hit)
+        out = np.zeros((count, kernels.NUM_GRADIENTS), np.float32)
+        kernels.sum_hits(hits, per_hit, ids, out)
+        means, conics, opacities, features = torch.from_numpy(out).split([2, 3, 1, 4], dim=1)
+        return means, conics, opacities[:, 0], features, None, None, None
+
+
+def _over_tiles(kernel: Callable[..., None], offsets: np.ndarray, *arguments) -> None:
+    """Run `kernel(first, last, *arguments)` over all tiles on as many threads as PyTorch uses, shared out by hits."""
+    num_tiles = len(offsets) - 1
+    threads = min(torch.get_num_threads(), num_tiles)
+    if threads == 1:
+        kernel(0, num_tiles, *arguments)
+        return
+    chunks = _CHUNKS_PER_THREAD * threads
+    # An empty tile costs about as much as a few hits, hence the ramp.
+    cost = offsets + 4 * np.arange(num_tiles + 1)
+    bounds = np.searchsorted(cost, np.linspace(0, cost[-1], chunks + 1)[1:-1])
+    edges = np.unique([0, *bounds.tolist(), num_tiles]).tolist()
+    pool = _pool(os.getpid(), threads)
+    jobs = [pool.submit(kernel, first, last, *arguments) for first, last in itertools.pairwise(edges)]
+    for job in jobs:
+        job.result()
+
+
+@functools.lru_cache(maxsize=2)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Lazy, and keyed by the process: a forked child must not wait for threads that exist only in its parent."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"gs-render-{process}")
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from gs_render._backends import _cpu_kernels
+
+    return _cpu_kernels
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(value.detach().to("cpu", torch.float32).numpy())

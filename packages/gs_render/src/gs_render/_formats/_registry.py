@@ -1,0 +1,116 @@
+"""The table of formats and `load` / `save`, which choose by suffix."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gs_render._axes import Up, from_file_axes, to_file_axes
+from gs_render._gaussians import Gaussians
+
+PathLike = str | os.PathLike[str]
+
+
+class LossWarning(UserWarning):
+    """A file keeps less than the Gaussians hold."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One file format.
+
+    suffix: the end of the file name, lower case.
+    module: module of this package with `read(path)` and/or `write(gaussians, path)`.
+    up: the axis that points up in files as other programs write and expect them.
+    keeps: what a round trip keeps, and how precisely.
+    max_sh_degree: higher harmonics are dropped on saving.
+    """
+
+    suffix: str
+    module: str
+    up: Up
+    keeps: str
+    reads: bool = True
+    writes: bool = True
+    max_sh_degree: int = 3
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(".ply", "_ply", "-y", "everything, float32 (opacity clipped to 1e-7 .. 1 - 1e-7)"),
+)
+
+
+def find_format(path: PathLike) -> Format:
+    """The format of a path, by the longest suffix that matches; ValueError lists the known ones."""
+    name = Path(path).name.lower()
+    matches = [known for known in FORMATS if name.endswith(known.suffix)]
+    if not matches:
+        known = ", ".join(sorted({known.suffix for known in FORMATS}))
+        raise ValueError(f"{path}: unknown file type {Path(path).suffix!r}; known are {known}")
+    return max(matches, key=lambda known: len(known.suffix))
+
+
+def load(path: PathLike, up: Up | None = None) -> Gaussians:
+    """Read Gaussians from a file, chosen by suffix, into the world frame (z up) on the CPU in float32.
+
+    Args:
+        path: .ply (3DGS or compressed), .splat, .spz, .sog, .glb (KHR_gaussian_splatting).
+        up: axis of the file that points up, "z", "y" or "-y"; None takes the custom of the format
+            (.ply and .splat "-y", .spz and .glb "y"). TRELLIS writes its .ply with "y" up.
+
+    Raises:
+        ValueError: the content is damaged, hostile or not of this format.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    file_format = find_format(path)
+    if not file_format.reads:
+        raise ValueError(f"{path}: {file_format.suffix} files can be written but not read")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    gaussians = _module(file_format).read(path)
+    try:
+        gaussians.validate()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return from_file_axes(gaussians, up or file_format.up)
+
+
+def save(gaussians: Gaussians, path: PathLike, up: Up | None = None) -> Path:
+    """Write a file of the type that the suffix names; an existing one is replaced only once the new one is complete.
+
+    Args:
+        gaussians: world frame (z up), any device and dtype; values must be finite.
+        path: a suffix of `FORMATS`.
+        up: as in `load`.
+
+    Warns:
+        LossWarning: the format drops something that these Gaussians have. What each keeps: `FORMATS`.
+    """
+    path = Path(path)
+    file_format = find_format(path)
+    if not file_format.writes:
+        raise ValueError(f"{path}: {file_format.suffix} files can be read but not written")
+    gaussians = gaussians.detach().to("cpu", torch.float32).validate()
+    if gaussians.sh_degree > file_format.max_sh_degree:
+        kept = file_format.max_sh_degree
+        message = f"{file_format.suffix} keeps harmonics up to degree {kept}; degree {gaussians.sh_degree} was cut"
+        warnings.warn(message, LossWarning, stacklevel=2)
+        gaussians = gaussians.with_sh_degree(kept)
+    writer = _module(file_format)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        writer.write(to_file_axes(gaussians, up or file_format.up), partial)
+        os.replace(partial, path)
+    return path
+
+
+def _module(file_format: Format):
+    return importlib.import_module(f"gs_render._formats.{file_format.module}")
