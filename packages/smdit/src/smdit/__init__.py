@@ -1,1 +1,42 @@
 """Sparse-structure multi-modal diffusion transformer (SMDiT), flow matching and samplers."""
+
+from smdit._blocks import DoubleStreamBlock, JointTokens, SingleStreamBlock
+from smdit._config import (
+    CrossDiTConfig,
+    RotaryConfig,
+    SamplerConfig,
+    SMDiTConfig,
+    StructureDiTConfig,
+    StructureFlowConfig,
+)
+from smdit._cross_dit import CrossDiT
+from smdit._flow import flow_matching_loss, sample_time, voxel_noise
+from smdit._model import SMDiT
+from smdit._samplers import EulerSampler, HeunSampler, MultistepSampler, SamplingStep, make_sampler
+from smdit._structure_dit import StructureDiT
+from smdit._structure_flow import StructureFlow
+
+__all__ = [
+    "CrossDiT",
+    "CrossDiTConfig",
+    "DoubleStreamBlock",
+    "EulerSampler",
+    "HeunSampler",
+    "JointTokens",
+    "MultistepSampler",
+    "RotaryConfig",
+    "SMDiT",
+    "SMDiTConfig",
+    "SamplerConfig",
+    "SamplingStep",
+    "SingleStreamBlock",
+    "StructureDiT",
+    "StructureDiTConfig",
+    "StructureFlow",
+    "StructureFlowConfig",
+    "flow_matching_loss",
+    "make_sampler",
+    "sample_time",
+    "voxel_noise",
+]
+__version__ = "0.1.0"
