@@ -173,8 +173,6 @@ class StructureVAEConfig(_Config):
             )
         if self.grid_size % (1 << (len(self.encoder_channels) - 1)):
             raise ValueError(f"grid_size {self.grid_size} cannot be halved {len(self.encoder_channels) - 1} times")
-        if self.norm == "group" and (self.encoder_channels[-1] % 32 or self.decoder_channels[-1] % 32):
-            raise ValueError("norm 'group' needs a multiple of 32 channels on the last level of both halves")
         _check_statistics(self.latent_mean, self.latent_std, self.latent_channels)
         return self
 

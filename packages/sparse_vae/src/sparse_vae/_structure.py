@@ -39,8 +39,7 @@ class StructureEncoder(nn.Module):
         self, occupancy: Float[Tensor, "B 1 N N N"]
     ) -> tuple[Float[Tensor, "B C n n n"], Float[Tensor, "B C n n n"]]:
         """Occupancy in {0, 1} -> mean and log-variance in float32, n = `config.latent_size`."""
-        size = self.config.grid_size
-        _check_grid("occupancy", occupancy, 1, size)
+        _check_grid("occupancy", occupancy, 1, self.config.grid_size)
         dtype = self.input_layer.weight.dtype
         h = _run(self.levels, self.input_layer(occupancy.to(dtype)), self.config)
         mean, logvar = self.output_layer(_run(self.middle, h, self.config)).float().chunk(2, dim=1)
