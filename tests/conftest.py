@@ -17,3 +17,73 @@ def golden_dir(request):
     if not folder.is_dir():
         pytest.skip(f"NO GOLDEN DATA: {folder} does not exist; give its place with --golden DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def micro_pipeline(tmp_path_factory):
+    """Directory of a complete pipeline of the smallest size, with weights from a fixed seed: nonsense, but lively."""
+    return build_micro_pipeline(tmp_path_factory.mktemp("micro"))
+
+
+def build_micro_pipeline(folder):
+    """Write the pipeline; the tests of the pipeline check plumbing, not looks, so its weights need no training."""
+    import torch
+    from diff2to3 import PipelineConfig, save_pipeline
+    from flux_features import FluxFeatures, FluxFeaturesConfig
+    from smdit import SamplerConfig, SMDiT, SMDiTConfig, StructureFlow, StructureFlowConfig
+    from sparse_vae import GaussianConfig, GaussianDecoder, SparseVAEConfig, StructureVAEConfig
+
+    grid = 16
+    small = {"width": 32, "num_heads": 2, "head_dim": 16, "num_double_blocks": 1, "num_single_blocks": 1}
+    structure_vae = StructureVAEConfig(
+        grid_size=grid, latent_channels=4, encoder_channels=(8, 8), decoder_channels=(8, 8), num_middle_blocks=1
+    )
+    vae = {"grid_size": grid, "width": 32, "num_blocks": 1, "num_heads": 2, "window_size": 4}
+    configs = {
+        "feature_extractor": FluxFeaturesConfig(image_size=64),
+        "structure": StructureFlowConfig(
+            flow=SMDiTConfig(latent_channels=4, grid_size=8, **small),
+            decoder=structure_vae,
+            sampler=SamplerConfig(steps=2),
+        ),
+        "backbone": SMDiTConfig(grid_size=grid, io_channels=(16,), **small),
+        "latent_decoder": SparseVAEConfig(
+            gaussians=GaussianConfig(num_gaussians=2, scale_bias=0.03, min_scale=0.004),
+            latent_mean=(0.1,) * 8,
+            latent_std=(1.5,) * 8,
+            **vae,
+        ),
+    }
+    models = {
+        "feature_extractor": FluxFeatures,
+        "structure": StructureFlow,
+        "backbone": SMDiT,
+        "latent_decoder": GaussianDecoder,
+    }
+    generator = torch.Generator().manual_seed(7)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        modules = {role: model(configs[role]) for role, model in models.items()}
+    for module in (modules["structure"], modules["backbone"], modules["latent_decoder"]):
+        for parameter in module.parameters():  # layers that start at zero would hide the condition
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    _occupy_a_tenth(modules["structure"], generator)
+    names = {
+        "feature_extractor": "flux",
+        "structure": "structure-flow",
+        "backbone": "smdit",
+        "latent_decoder": "gaussian",
+    }
+    roles = {role: {"name": names[role], "config": config.model_dump(mode="json")} for role, config in configs.items()}
+    save_pipeline(folder, PipelineConfig(name="micro", roles=roles, sampler=SamplerConfig(steps=2)), modules)
+    return folder
+
+
+def _occupy_a_tenth(structure, generator):
+    """Shift the last bias so that the untrained decoder finds about a tenth of the voxels occupied."""
+    import torch
+
+    with torch.no_grad():
+        size, channels = structure.latent_size, structure.config.decoder.latent_channels
+        logits = structure.decoder(torch.randn(4, channels, size, size, size, generator=generator))
+        structure.decoder.output_layer[-1].bias -= logits.flatten().kthvalue(int(logits.numel() * 0.9)).values

@@ -38,7 +38,7 @@ def assemble(directory: Path, config: PipelineConfig, overrides: Mapping[str, An
     files: dict[str, Path] = {}
     for role in PIPELINE_ROLES:
         override, own = overrides.get(role.name), config.roles[role.name]
-        if override is None or override == own.name:
+        if override is None or (isinstance(override, str) and _is_same(role, override, own.name)):
             components[role.name], chosen[role.name] = _from_directory(role, own, directory), own
             if (path := weights_path(directory, role.name)).is_file():
                 files[role.name] = path
@@ -101,6 +101,11 @@ def _from_plugin(role: Role[Any], replacement: ComponentConfig) -> Any:
             "give a pipeline directory that contains it, or pass a loaded object to Pipeline.from_pretrained"
         )
     return component
+
+
+def _is_same(role: Role[Any], override: str, own: str) -> bool:
+    """Whether two names, possibly with and without the distribution, select the same component."""
+    return override == own or registry().find(role, override) == registry().find(role, own)
 
 
 def _build_quietly(role: Role[Any], choice: ComponentConfig) -> Any:

@@ -17,7 +17,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, of the same suffix, that takes its place when the block ends well."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # some writers make private files, whatever the umask
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from smdit import EulerSampler, voxel_noise
+from smdit import make_sampler, voxel_noise
 from sparse_vae import SparseTensor
 from torch import Tensor, nn
 
@@ -166,9 +166,10 @@ class Pipeline:
                 raise ImageInputError(f"no voxel was found occupied for picture {empty[0] + 1}; try another seed")
         with timed("latents"):
             noise = self.initial_noise(voxels, seed, sample)
-            latents = self._sampler(steps, guidance).sample(
-                self.backbone, noise, condition, callback=_stage(callback, "latents")
-            )
+            given = {"steps": steps, "guidance": guidance}
+            options = self.config.sampler.model_copy(update={k: v for k, v in given.items() if v is not None})
+            report = _stage(callback, "latents")
+            latents = make_sampler(options).sample(self.backbone, noise, condition, callback=report)
         with timed("gaussians"):
             objects = self.latent_decoder(self.denormalise(latents))
         settings = {"seed": seed, "sample": sample, "steps": steps, "guidance": guidance}
@@ -201,10 +202,10 @@ class Pipeline:
         return self.feature_extractor.tokens(self.feature_extractor(batch)).unflatten(0, (len(pictures), -1))
 
     def initial_noise(self, voxels: Sequence[Int[Tensor, "l 3"]], seed: int, sample: int = 0) -> SparseTensor:
-        """Noise on the occupied voxels; it depends on (seed, sample, voxel) alone."""
+        """float32 noise on the occupied voxels; it depends on (seed, sample, voxel) alone."""
         channels, grid_size = self.backbone.config.latent_channels, self.backbone.config.grid_size
         noise = [voxel_noise(coords.cpu(), channels, grid_size, seed, sample) for coords in voxels]
-        return SparseTensor.from_coords([c.cpu() for c in voxels], noise, grid_size).to(self.device, self.dtype)
+        return SparseTensor.from_coords([c.cpu() for c in voxels], noise, grid_size).to(self.device)
 
     def denormalise(self, latents: SparseTensor) -> SparseTensor:
         """Latents as the flow knows them -> as the decoder knows them, by the statistics in the decoder's config."""
@@ -239,10 +240,6 @@ class Pipeline:
             if value is not None:
                 hashes[role] = value
         return hashes
-
-    def _sampler(self, steps: int | None, guidance: float | None) -> EulerSampler:
-        given = {"steps": steps, "guidance": guidance}
-        return EulerSampler(**{**dict(self.config.sampler), **{k: v for k, v in given.items() if v is not None}})
 
 
 def _as_views(entry: Any) -> list[Any]:

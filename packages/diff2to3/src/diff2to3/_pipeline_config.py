@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from smdit import SamplerConfig
 
 from diff2to3._plugins import PIPELINE_ROLES
 
@@ -25,26 +26,6 @@ class ComponentConfig(BaseModel):
     config: dict[str, Any] = Field(default_factory=dict)
 
 
-class SamplerConfig(BaseModel):
-    """How the latent flow is integrated; see `smdit.EulerSampler`. Stage 1 keeps its own settings in its config.
-
-    Args:
-        steps: Euler steps.
-        guidance: w of (1 + w) conditional - w unconditional.
-        interval: guidance acts for t inside it.
-        shift: r of t <- r t / (1 + (r - 1) t).
-        rescale: share by which the guided velocity is rescaled to the conditional one's deviation.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int = Field(default=25, ge=1)
-    guidance: float = Field(default=5.0, ge=0)
-    interval: tuple[float, float] = (0.0, 1.0)
-    shift: float = Field(default=1.0, gt=0)
-    rescale: float = Field(default=0.0, ge=0, le=1)
-
-
 class PipelineConfig(BaseModel):
     """A pipeline directory's ``pipeline.json``.
 
@@ -55,7 +36,7 @@ class PipelineConfig(BaseModel):
         frame: frame the objects were trained in: ``"canonical"``, or ``"view-snapped"`` (yaw turned by multiples of 90
             degrees so that the condition camera is within 45 degrees of the front).
         roles: role -> component. Matting and renderer may be left out; the models may not.
-        sampler: integration of the latent flow.
+        sampler: integration of the latent flow; stage 1 keeps its own in its config.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,0 +1,155 @@
+"""Pipeline directories: every way in which one can be broken is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diff2to3 import Pipeline
+from diff2to3 import _store as store
+from diff2to3._errors import ComponentError, PipelineFormatError
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def folder(micro_pipeline, tmp_path):
+    return shutil.copytree(micro_pipeline, tmp_path / "broken")
+
+
+def load(folder):
+    return Pipeline.from_pretrained(folder, device="cpu")
+
+
+def edit(path, change):
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("output.bias"), r"backbone\.safetensors: missing tensors: output\.bias"),
+        (lambda s: s.update(extra=torch.zeros(2)), r"unexpected tensors: extra"),
+        (lambda s: s.update({"output.bias": torch.zeros(3)}), r"output\.bias has shape \[3\], expected \[8\]"),
+        (lambda s: s["output.bias"].fill_(float("nan")), r"output\.bias holds 8 values that are NaN"),
+        (lambda s: s["output.bias"][:1].fill_(float("inf")), r"output\.bias holds 1 values"),
+    ],
+)
+def test_wrong_tensors_are_named(folder, change, message):
+    edit(folder / "backbone.safetensors", change)
+    with pytest.raises(PipelineFormatError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_weights(folder, keep):
+    path = folder / "structure.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(PipelineFormatError, match=r"structure\.safetensors is damaged or truncated"):
+        load(folder)
+
+
+def test_missing_weights(folder):
+    (folder / "latent_decoder.safetensors").unlink()
+    with pytest.raises(PipelineFormatError, match=r"latent_decoder\.safetensors: no such file"):
+        load(folder)
+
+
+def test_weights_for_a_component_without_any(folder):
+    save_file({"a": torch.zeros(1)}, folder / "renderer.safetensors")
+    with pytest.raises(PipelineFormatError, match="takes no weights"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version"),
+        ({"colour": "red"}, "colour"),
+        ({"frame": "sideways"}, "frame"),
+        ({"roles": {}}, "no component for feature_extractor"),
+        ({"sampler": {"steps": 0}}, "steps"),
+        ({"name": 3}, "name"),
+    ],
+)
+def test_wrong_config(folder, change, message):
+    path = folder / "pipeline.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(PipelineFormatError, match=message):
+        load(folder)
+
+
+def test_wrong_component_config(folder):
+    path = folder / "pipeline.json"
+    config = json.loads(path.read_text())
+    config["roles"]["backbone"]["config"]["num_wheels"] = 4
+    path.write_text(json.dumps(config))
+    with pytest.raises(ComponentError, match=r"backbone 'smdit': num_wheels: .*got 4"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\xff"])
+def test_config_that_is_no_json(folder, text):
+    (folder / "pipeline.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(PipelineFormatError, match=r"pipeline\.json"):
+        load(folder)
+
+
+def test_components_that_do_not_fit(folder):
+    path = folder / "pipeline.json"
+    config = json.loads(path.read_text())
+    config["roles"]["latent_decoder"]["config"]["grid_size"] = 32
+    path.write_text(json.dumps(config))
+    with pytest.raises(ComponentError, match="16 and 32"):
+        load(folder)
+
+
+def test_empty_folder_and_unknown_names(tmp_path):
+    with pytest.raises(PipelineFormatError, match=r"has no pipeline\.json"):
+        load(tmp_path)
+    with pytest.raises(PipelineFormatError, match=r"no pipeline 'nonsense'.*embedded"):
+        load("nonsense")
+    with pytest.raises(PipelineFormatError, match="no pipeline"):
+        load("./not/there")
+
+
+def test_hub_ids_are_downloaded(micro_pipeline, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or micro_pipeline)
+    assert load("somebody/chairs").config.name == "micro"
+    assert asked == ["somebody/chairs"]
+
+
+def test_hub_failures_are_worded(monkeypatch):
+    import huggingface_hub
+
+    def fail(name, **_):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(PipelineFormatError, match="Hub does not give it"):
+        load("somebody/chairs")
+
+
+def test_saving_refuses_what_loading_would(tmp_path, micro_pipeline):
+    config = store.read_config(micro_pipeline)
+    module = torch.nn.Linear(2, 2)
+    module.weight.data[0, 0] = 1e6  # too large for float16
+    with pytest.raises(ValueError, match=r"backbone: tensor weight is not finite as torch\.float16"):
+        store.save_pipeline(tmp_path / "a", config, {"backbone": module})
+    with pytest.raises(ValueError, match="no such roles: wheel"):
+        store.save_pipeline(tmp_path / "a", config, {"wheel": module})
+    store.save_pipeline(tmp_path / "a", config, {"backbone": module}, dtype="float32")
+    assert load_file(tmp_path / "a" / "backbone.safetensors")["weight"][0, 0] == 1e6
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["backbone.safetensors", "pipeline.json"]
+
+
+def test_embedded_pipelines_are_complete():
+    for name in store.embedded_names():
+        config = store.read_config(store.EMBEDDED / name)
+        assert config.description
+        Pipeline.from_pretrained(name, device="cpu")
