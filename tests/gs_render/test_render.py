@@ -116,7 +116,8 @@ def test_zero_area_and_full_screen(backend, leaves):
         output = render(flat, camera, 0.0, backend, **options)
         assert torch.isfinite(output.color).all()
         assert output.alpha.min() > 0.49
-        for name, gradient in zip(FIELDS, torch.autograd.grad(objective(output), [getattr(flat, n) for n in FIELDS])):
+        gradients = torch.autograd.grad(objective(output), [getattr(flat, name) for name in FIELDS])
+        for name, gradient in zip(FIELDS, gradients, strict=True):
             assert torch.isfinite(gradient).all(), name
 
 
@@ -148,7 +149,7 @@ def test_batch_equals_single_calls(make_gaussians):
 def test_choice_of_backend(make_gaussians):
     scene, camera = make_gaussians(5), Camera.orbit(1, size=16)
     assert backend_status()["torch"] is None
-    with pytest.raises(ValueError, match="unknown backend 'metal'.*gsplat"):
+    with pytest.raises(ValueError, match=r"unknown backend 'metal'.*gsplat"):
         render(scene, camera, backend="metal")
     with use_backend("torch"):
         assert torch.equal(render(scene, camera).color, render(scene, camera, backend="torch").color)

@@ -17,7 +17,7 @@ _DEGREE_OF = {num_coefficients(degree): degree for degree in range(4)}
 
 @dataclass(frozen=True)
 class Gaussians:
-    """N Gaussians with a colour that may depend on the direction of view. Values are *activated*, as a renderer reads them.
+    """N Gaussians with a colour that may depend on the direction of view. Values are *activated*, ready to render.
 
     Args:
         means: [N, 3] centres, world units (z up, right-handed).

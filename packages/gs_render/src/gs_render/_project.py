@@ -1,6 +1,6 @@
 """EWA projection of 3D Gaussians to 2D ones in plain PyTorch, shared by the `torch` and the `cpu` backend.
 
-Source of the conventions: 3DGS (Kerbl et al. 2023), the clamp of the Jacobian and all thresholds as in gsplat 1.5, so that
+Conventions of 3DGS (Kerbl et al. 2023); the clamp of the Jacobian and all thresholds are those of gsplat 1.5, so that
 the three backends draw the same picture.
 """
 
@@ -24,7 +24,7 @@ MIN_TRANSMITTANCE = 1e-4  # a pixel stops before the Gaussian that would bring i
 
 @dataclass(frozen=True)
 class Projected:
-    """N Gaussians as one camera sees them. What is not visible has a zero in `visible`; its other values mean nothing."""
+    """N Gaussians as one camera sees them. Where `visible` is False the other values mean nothing."""
 
     means: Float[Tensor, "n 2"]  # pixels
     conics: Float[Tensor, "n 3"]  # inverse covariance (xx, xy, yy), 1 / pixels^2
@@ -95,7 +95,7 @@ def _image_axes(
 ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
     """Rows of Jacobian x rotation x axes: a [N, 3] for x and for y, so that covariance = (a.a, a.b, b.b)."""
     bounds = ratio.new_tensor(size)
-    # The linearisation explodes far outside of the picture: evaluate it at most 15 % of the image side beyond the border.
+    # The linearisation explodes far outside of the picture: stop 15 % of the image side beyond the border.
     margin = 0.15 * bounds / focal
     clamped = torch.minimum(torch.maximum(ratio, -centre / focal - margin), (bounds - centre) / focal + margin)
     per_z = focal / torch.where(in_front, z, torch.ones_like(z))[:, None]

@@ -148,7 +148,7 @@ def _rows(entry, top, bottom):
 @nb.njit(**_OPTIONS)
 @no_type_check
 def blend_tiles(first_tile, last_tile, tiles_x, offsets, hits, table, image, transmittance):
-    """Blend tiles [first_tile, last_tile) into `image` [4, H', W'] and `transmittance` [H', W'], padded to whole tiles."""
+    """Blend tiles [first_tile, last_tile) into `image` [4, H', W'] and `transmittance` [H', W'] (whole tiles)."""
     t = np.empty((TILE, TILE), np.float32)
     live = np.empty((TILE, TILE), np.float32)
     sums = np.empty((CHANNELS, TILE, TILE), np.float32)

@@ -13,20 +13,11 @@ _TYPES = {
     "uint16": "u2", "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4",
     "double": "f8", "float64": "f8",
 }  # fmt: skip
-_NAMES = {
-    "i1": "char",
-    "u1": "uchar",
-    "i2": "short",
-    "u2": "ushort",
-    "i4": "int",
-    "u4": "uint",
-    "f4": "float",
-    "f8": "double",
-}
+_NAMES = {kind: name for name, kind in _TYPES.items() if not name[-1].isdigit()}
 
 
 def read_elements(path: Path) -> dict[str, np.ndarray]:
-    """Structured arrays by element name. Elements with list properties (faces) end the reading: splats have none before."""
+    """Structured arrays by element name. An element with list properties (faces) and all after it are left out."""
     data = path.read_bytes()
     head, start = _split_header(data, path)
     order, elements = _parse_header(head, path)
@@ -85,7 +76,7 @@ def _parse_header(head: str, path: Path) -> tuple[str, list[tuple[str, int, list
         elif words[0] == "element" and len(words) == 3 and words[2].isdecimal() and len(words[2]) < 16:
             elements.append((words[1], int(words[2]), []))
         elif words[0] == "property" and elements and len(words) == 3 and words[1] in _TYPES:
-            name, count, columns = elements[-1]
+            name, _, columns = elements[-1]
             if columns is not None:
                 if any(words[2] == column for column, _ in columns):
                     raise ValueError(f"{path}: damaged PLY: column {words[2]!r} of element {name!r} appears twice")

@@ -42,7 +42,38 @@ class Format:
 
 
 FORMATS: tuple[Format, ...] = (
-    Format(".ply", "_ply", "-y", "everything, float32 (opacity clipped to 1e-7 .. 1 - 1e-7)"),
+    Format(".ply", "_ply", "-y", "everything, float32; opacity clipped to 1e-7 .. 1 - 1e-7"),
+    Format(
+        ".compressed.ply",
+        "_compressed_ply",
+        "-y",
+        "position and log-scale to 1/1000 of the extent of a chunk of 256, rotation to 0.2 degrees, colour and opacity "
+        "to 1/255, harmonics to 1/32 clipped to -4..4; order is not kept",
+    ),
+    Format(
+        ".splat",
+        "_splat",
+        "-y",
+        "position and scale exactly, rotation to 0.9 degrees, colour and opacity to 1/255 clipped to 0..1, no "
+        "harmonics; order is not kept",
+        max_sh_degree=0,
+    ),
+    Format(
+        ".spz",
+        "_spz",
+        "y",
+        "position to 2^-20 (objects under one unit), scale to 3 %, rotation to 0.2 degrees, colour to 1/255 of 3.7, "
+        "opacity to 1/255, harmonics to 1/128 clipped to -1..1",
+    ),
+    Format(
+        ".sog",
+        "_sog",
+        "-y",
+        "position to 1/65535 of the extent, scale and colour to one of 256 levels, rotation to 0.8 degrees, opacity to "
+        "1/255, no harmonics; order is not kept",
+        max_sh_degree=0,
+    ),
+    Format(".glb", "_glb", "y", "everything, float32 (KHR_gaussian_splatting)"),
 )
 
 
