@@ -39,6 +39,15 @@ def scattered() -> Callable[..., torch.Tensor]:
     return random_voxels
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These tensors are so small that threads would only wait for each other, worst on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class GoldenCase:
     """Inputs, weights and outputs of one module of the reference implementation."""
 

@@ -163,6 +163,15 @@ def test_sampling_uses_the_generator_only(model, objects):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_topology_made_for_inference_serves_training(model, objects):
+    with torch.inference_mode():
+        inferred = features_of(objects)
+        model.encode(inferred)
+    x = SparseTensor(inferred.features.clone(), inferred.topology)
+    _, gradients = training_gradients(model, x)
+    assert all(g.isfinite().all() for g in gradients)
+
+
 def test_full_attention(objects):
     full = SparseVAE(SMALL.model_copy(update={"window_size": None, "qk_norm": True}))
     assert full.encode(features_of(objects)).features.isfinite().all()

@@ -75,7 +75,8 @@ def offset_start(config: GaussianConfig) -> Float[Tensor, "G 3"]:
 
 def _activate_rotation(raw: Tensor) -> Tensor:
     """Raw rotation -> unit quaternion wxyz, the identity at zero."""
-    return F.normalize(raw + raw.new_tensor([1.0, 0.0, 0.0, 0.0]), dim=-1)
+    # Adding a constant tensor would copy it from the host in every step, and so wait for the device.
+    return F.normalize(torch.cat([raw[..., :1] + 1, raw[..., 1:]], dim=-1), dim=-1)
 
 
 def _radical_inverse(index: int, base: int) -> float:

@@ -39,6 +39,7 @@ class KernelMap:
         return KernelMap(self.targets, self.sources)
 
     @cached_property
+    @torch.inference_mode(False)
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(input rows, output rows) that meet at every offset (synchronises with the host once)."""
         result = []

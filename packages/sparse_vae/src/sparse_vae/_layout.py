@@ -207,6 +207,7 @@ class AttentionLayout:
         return x if self.order is None else _Permute.apply(x, self.inverse, self.order)
 
     @cached_property
+    @torch.inference_mode(False)  # the first use may be a sampler's, a later one in training
     def padding(self) -> Padding:
         """Buckets of similar segments for kernels that need rectangles, with at most `MAX_PADDING` extra rows each."""
         if self.is_uniform:

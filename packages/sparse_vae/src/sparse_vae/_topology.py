@@ -151,16 +151,19 @@ class Topology:
         return self._memo[key]  # type: ignore[return-value]
 
     @cached_property
+    @torch.inference_mode(False)
     def keys(self) -> Int[Tensor, " N"]:
         """int64 [N], the linear index ((object G + x) G + y) G + z of every row, strictly ascending."""
         return _keys(self.coords, self.grid_size)
 
     @cached_property
+    @torch.inference_mode(False)
     def batch_index(self) -> Int[Tensor, " N"]:
         """int64 [N], the object of every row."""
         return self.coords[:, 0].long()
 
     @cached_property
+    @torch.inference_mode(False)
     def offsets(self) -> Int[Tensor, " B_plus_1"]:
         """int32 [B + 1], first row of every object, then N ("cu_seqlens")."""
         objects = torch.arange(self.batch_size + 1, device=self.device)
