@@ -15,6 +15,13 @@ from smdit._model import SMDiT
 from smdit._samplers import EulerSampler, HeunSampler, MultistepSampler, SamplingStep, make_sampler
 from smdit._structure_dit import StructureDiT
 from smdit._structure_flow import StructureFlow
+from smdit._weights import (
+    cross_dit_from_trellis,
+    from_bfl_block,
+    from_diffusers_double_block,
+    from_diffusers_single_block,
+    structure_dit_from_trellis,
+)
 
 __all__ = [
     "CrossDiT",
@@ -34,9 +41,14 @@ __all__ = [
     "StructureDiTConfig",
     "StructureFlow",
     "StructureFlowConfig",
+    "cross_dit_from_trellis",
     "flow_matching_loss",
+    "from_bfl_block",
+    "from_diffusers_double_block",
+    "from_diffusers_single_block",
     "make_sampler",
     "sample_time",
+    "structure_dit_from_trellis",
     "voxel_noise",
 ]
 __version__ = "0.1.0"

@@ -44,7 +44,8 @@ class SMDiTConfig(_Config):
         grid_size: side of the latents' voxel grid.
         width: channels of the trunk, `num_heads * head_dim`.
         num_double_blocks: blocks with own weights for image and voxel tokens.
-        num_single_blocks: blocks over the concatenated tokens.
+        num_single_blocks: blocks over the concatenated tokens; at least one, since half of a double block that comes
+            last would learn nothing.
         mlp_ratio: hidden channels of the MLPs over `width`.
         io_channels: channels of the sparse-convolutional levels before and after the trunk, finest first; each level
             halves the grid. Empty: one token a voxel.
@@ -67,7 +68,7 @@ class SMDiTConfig(_Config):
     num_heads: PositiveInt
     head_dim: PositiveInt = 64
     num_double_blocks: int = Field(ge=0)
-    num_single_blocks: int = Field(ge=0)
+    num_single_blocks: PositiveInt
     mlp_ratio: PositiveFloat = 4.0
     io_channels: tuple[PositiveInt, ...] = ()
     num_io_blocks: PositiveInt = 2

@@ -107,8 +107,6 @@ class SMDiT(nn.Module):
         for_streams = (shared.get("image", embedding), shared.get("voxel", embedding))
         for block in self.double_blocks:
             image, voxel = block(image, voxel, for_streams, tokens, self.rope)
-        if len(self.single_blocks) == 0:
-            return voxel
         joint = tokens.layout.to_segments(torch.cat([image, voxel]))
         for block in self.single_blocks:
             joint = block(joint, shared.get("joint", embedding), tokens, self.rope)

@@ -21,6 +21,8 @@ class StructureDiT(nn.Module):
         config: sizes and options; `StructureDiTConfig.preset(name)` gives known ones.
     """
 
+    positions: Tensor
+
     def __init__(self, config: StructureDiTConfig) -> None:
         super().__init__()
         self.config = config
