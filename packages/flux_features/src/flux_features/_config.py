@@ -30,8 +30,8 @@ class FluxFeaturesConfig(BaseModel):
     image_size: int = Field(default=256, ge=16, multiple_of=16)
     shift: float = 0.0
     scale: float = Field(default=1.0, gt=0)
-    encoder_blocks: tuple[int, ...] = (1, 1, 2, 2)
-    decoder_blocks: tuple[int, ...] = (2, 2, 2, 1)
+    encoder_blocks: tuple[int, ...] = (1, 1, 1, 2)
+    decoder_blocks: tuple[int, ...] = (1, 1, 1, 1)
     channel_mean: tuple[float, ...] | None = None
     channel_std: tuple[float, ...] | None = None
 

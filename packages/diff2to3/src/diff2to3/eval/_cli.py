@@ -1,0 +1,101 @@
+"""``diff2to3 eval``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+@click.group(name="eval")
+def evaluate() -> None:
+    """Measure a pipeline against objects whose truth is known, every figure beside its controls."""
+
+
+def _shared(function):
+    function = click.option("--pipeline", default=None, help="Name, directory or Hub id; default the embedded one.")(function)
+    function = click.option("--data", type=_FOLDER, required=True, help="Data set with stages render and voxels.")(function)
+    function = click.option("--split", default="val", show_default=True)(function)
+    function = click.option("--limit", type=int, default=64, show_default=True, help="Objects, spread over the split.")(function)
+    function = click.option("--device", default=None)(function)
+    function = click.option("--lpips", type=click.Path(path_type=Path, exists=True), help="LPIPS-VGG weights (safetensors).")(function)
+    return click.option("--output", type=click.Path(path_type=Path), help="JSON with the figures of every object.")(function)
+
+
+@evaluate.command()
+@_shared
+@click.option("--views", type=int, default=32, show_default=True, help="Views encoded; the stored ones past them are scored.")
+@click.option("--visibility", type=click.Choice(["all", "depth"]), default="depth", show_default=True)
+def reconstruction(pipeline, data, split, limit, device, lpips, output, views, visibility) -> None:
+    """2to3-VAE: encode from rendered views, decode, compare at unseen views."""
+    from diff2to3._pipeline import Pipeline
+    from diff2to3.eval._reconstruction import evaluate_reconstruction
+    from diff2to3.eval._vae import pipeline_vae
+
+    loaded = Pipeline.from_pretrained(pipeline, device=device)
+    store, rows = _objects(data, split, limit)
+    vae = pipeline_vae(loaded, pipeline)
+    scores = evaluate_reconstruction(
+        loaded.feature_extractor, vae, store, rows, num_views=views, visibility=visibility, lpips=_lpips(lpips, loaded.device)  # type: ignore[arg-type]
+    )
+    _report(scores, output)
+
+
+@evaluate.command()
+@_shared
+@click.option("--assets", type=_FOLDER, required=True, help="Folder of the meshes the data set was made from.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--steps", type=int, default=None)
+@click.option("--guidance", type=float, default=None)
+@click.option("--gallery", type=click.Path(path_type=Path), help="PNG with a row an object.")
+def generation(pipeline, data, split, limit, device, lpips, output, assets, seed, steps, guidance, gallery) -> None:
+    """Whole pipeline: one view in, the asset drawn from that view's camera."""
+    from diff2to3._pipeline import Pipeline
+    from diff2to3.eval._generation import evaluate_generation
+
+    loaded = Pipeline.from_pretrained(pipeline, device=device)
+    store, rows = _objects(data, split, limit)
+    scores = evaluate_generation(
+        loaded,
+        store,
+        assets,
+        rows,
+        seed=seed,
+        sampling={"steps": steps, "guidance": guidance},
+        lpips=_lpips(lpips, "cpu"),
+        gallery=gallery,
+    )
+    _report(scores, output)
+
+
+def _objects(data: Path, split: str, limit: int):
+    from diff2to3.data._store import Store
+
+    store = Store(data)
+    rows = [row for row in store.objects(split) if store.path("render", row["id"]).is_file()]
+    if not rows:
+        raise click.UsageError(f"{data}: no rendered object in split {split!r}")
+    step = max(1, len(rows) / limit)
+    return store, [rows[int(i * step)] for i in range(min(limit, len(rows)))]
+
+
+def _lpips(path: Path | None, device):
+    if path is None:
+        return None
+    from gs_render.metrics import LPIPS
+
+    return LPIPS(path).to(device)
+
+
+def _report(scores: list[dict[str, Any]], output: Path | None) -> None:
+    from diff2to3.eval._scores import table
+
+    textured = [row for row in scores if row["has_texture"] == "1"]
+    click.echo(table(scores, {"has_texture = 1": textured} if textured else {}))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(scores, indent=1))

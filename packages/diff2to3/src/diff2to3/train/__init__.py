@@ -1,0 +1,1 @@
+"""Training: five stages, one engine."""

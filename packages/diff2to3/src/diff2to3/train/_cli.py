@@ -1,0 +1,48 @@
+"""``diff2to3 train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def train() -> None:
+    """Train the components: autoencoder, vae, structure-vae, structure-flow, flow (in that order)."""
+
+
+def _command(name: str, help_text: str) -> None:
+    @train.command(name, help=help_text)
+    @click.argument("config", type=click.Path(path_type=Path))
+    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting (dotted keys, YAML values).")
+    @click.option("--resume", is_flag=True, help="Continue from the run's last checkpoint.")
+    def command(config: Path, overrides: tuple[str, ...], resume: bool) -> None:
+        from diff2to3.train._config import load_config
+
+        settings = load_config(config, overrides)
+        from diff2to3.train._engine import train as run
+        from diff2to3.train._stages import STAGES
+
+        run(STAGES[name](settings), settings, resume)
+
+
+_command("autoencoder", "The FLUX-shaped tiny autoencoder (feature extractor).")
+_command("vae", "The 2to3-VAE: lifted features to Gaussians.")
+_command("structure-vae", "Stage 1: occupancy autoencoder.")
+_command("structure-flow", "Stage 1: flow over structure latents, conditioned on a picture.")
+_command("flow", "Stage 2: SMDiT over the 2to3-VAE's latents, conditioned on a picture.")
+
+
+@train.command()
+@click.argument("runs", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--name", default="tiny", show_default=True, help="Name of the pipeline.")
+@click.option("--threshold", type=float, default=0.0, show_default=True, help="Occupancy logit above which a voxel is active.")
+@click.option("--structure-guidance", type=float, default=2.0, show_default=True, help="Default guidance of stage 1.")
+@click.option("--guidance", type=float, default=2.0, show_default=True, help="Default guidance of stage 2.")
+def assemble(runs: Path, out: Path, name: str, threshold: float, structure_guidance: float, guidance: float) -> None:
+    """Put the trained stages under RUNS together into a pipeline directory OUT (fp16 weights, fp32 statistics)."""
+    from diff2to3.train._assemble import assemble as run
+
+    run(runs, out, name, threshold, structure_guidance, guidance)

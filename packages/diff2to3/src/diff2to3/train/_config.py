@@ -1,0 +1,82 @@
+"""Training configuration: one YAML file a stage, every key settable with ``--set key=value``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diff2to3._errors import InputError
+
+
+class TrainConfig(BaseModel):
+    """What the engine needs, and what it hands to a stage.
+
+    Attributes:
+        data: data set folder (``diff2to3 data``).
+        out: run folder; the trained model lands in ``out/model``.
+        model: ``{preset: name, ...}`` with any field of the stage's model config overridden.
+        parts: checkpoints that the stage builds on, by role (``features``, ``vae``, ``structure_vae``).
+        options: settings of the stage itself (loss weights, augmentation).
+        steps: length of the schedule.
+        max_minutes: wall-clock budget; the schedule ends there if that comes before ``steps``.
+        batch_size: objects (or pictures) a step and process.
+        ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path
+    out: Path
+    model: dict[str, Any] = Field(default_factory=dict)
+    parts: dict[str, Path] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
+    split: str = "train"
+    max_objects: int | None = None
+    seed: int = 0
+    steps: int = Field(default=10_000, ge=1)
+    max_minutes: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warmup_steps: int = Field(default=200, ge=0)
+    final_learning_rate: float = Field(default=0.02, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    device: str | None = None
+    num_workers: int = Field(default=0, ge=0)
+    log_every: int = Field(default=50, ge=1)
+    validate_every: int = Field(default=500, ge=1)
+    checkpoint_every: int = Field(default=2000, ge=1)
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
+    """Reads a YAML file and applies ``key=value`` overrides (dotted keys reach into mappings, values are YAML).
+
+    Raises:
+        InputError: not YAML, unknown key, or a value of the wrong type.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable YAML file ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: got {type(values).__name__}, expected a mapping of settings")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise InputError(f"--set {override}: expected key=value")
+        target = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = yaml.safe_load(text)
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+        raise InputError(f"{path}: {problems}") from error

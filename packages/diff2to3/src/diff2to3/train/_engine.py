@@ -1,0 +1,196 @@
+"""The training loop, on Hugging Face Accelerate; what is trained is a :class:`Stage`."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from diff2to3.train._checkpoint import load_state, save_model, save_state
+from diff2to3.train._config import TrainConfig
+
+Batch = dict[str, Any]
+
+
+class Batches(Protocol):
+    """A data set whose item ``step`` is the whole batch of that step, a function of (seed, step) alone.
+
+    That makes resuming trivial: the run continues with item ``step``.
+    """
+
+    def __getitem__(self, step: int) -> Batch: ...
+
+    def __len__(self) -> int: ...
+
+
+class Stage(nn.Module):
+    """One thing to train: a ``model`` with its loss. Frozen helpers are other submodules with ``requires_grad`` off."""
+
+    model: nn.Module
+    model_config: BaseModel
+
+    def batches(self, config: TrainConfig, split: str) -> Dataset[Batch]:
+        """The data of a split."""
+        raise NotImplementedError("abstract: a stage says what it trains on")
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures to log, of a batch already on the device."""
+        raise NotImplementedError("abstract: a stage says what it minimises")
+
+    def finish(self) -> tuple[BaseModel, dict[str, Tensor]]:
+        """Config and weights to keep, called once with the averaged weights in ``model``."""
+        return self.model_config, self.model.state_dict()
+
+
+class Schedule:
+    """Learning rate and end of a run as functions of progress: the share of steps or of minutes spent, the larger one."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def progress(self, step: int, seconds: float) -> float:
+        budget = self.config.max_minutes
+        return min(1.0, max(step / self.config.steps, seconds / (budget * 60) if budget else 0.0))
+
+    def learning_rate(self, step: int, seconds: float) -> float:
+        """Linear warm-up, then a cosine down to ``final_learning_rate`` of the peak."""
+        floor = self.config.final_learning_rate
+        cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * self.progress(step, seconds)))
+        warm = min(1.0, (step + 1) / max(1, self.config.warmup_steps))
+        return self.config.learning_rate * warm * cosine
+
+
+def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, float]:
+    """Runs a stage to the end of its schedule and writes ``config.out/model``; returns the last logged figures."""
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=config.device == "cpu")
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True  # picture and grid sizes stay the same for a whole run
+    stage.to(accelerator.device)
+    parameters = [p for p in stage.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=accelerator.device.type == "cuda"
+    )
+    average = torch.optim.swa_utils.AveragedModel(stage.model, multi_avg_fn=_ema(config.ema_decay), use_buffers=False)
+    checkpoint = config.out / "checkpoint"
+    step, spent = 0, 0.0
+    if resume and checkpoint.is_dir():
+        meta = load_state(checkpoint, stage.model, average, optimizer)
+        step, spent = meta["step"], meta["seconds"]
+        accelerator.print(f"resumed {checkpoint} at step {step}")
+    wrapped, stepper = accelerator.prepare(stage, optimizer)
+    schedule, log = Schedule(config), _Log(config.out, accelerator.is_main_process)
+    validation = _validation_batch(stage, config)
+    started, figures = time.monotonic() - spent, {}
+    for batch in _loader(stage, config, step, accelerator):
+        seconds = time.monotonic() - started
+        rate = schedule.learning_rate(step, seconds)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, values = wrapped(_to(batch, accelerator.device))
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(parameters, config.gradient_clip)
+        stepper.step()
+        stepper.zero_grad(set_to_none=True)
+        average.update_parameters(stage.model)
+        step += 1
+        done = schedule.progress(step, seconds) >= 1
+        if step % config.log_every == 0 or step == 10 or done:
+            figures = {"loss": float(loss.detach()), "norm": float(norm)} | {k: float(v.detach()) for k, v in values.items()}
+            if not math.isfinite(figures["loss"]):
+                raise RuntimeError(f"step {step}: the loss is {figures['loss']}; the last checkpoint is in {checkpoint}")
+            log(step, seconds, {"rate": rate} | figures)
+        if validation is not None and (step % config.validate_every == 0 or done):
+            figures |= _validate(stage, average, validation, config, accelerator)
+            log(step, seconds, {k: v for k, v in figures.items() if k.startswith("val_")})
+        if (step % config.checkpoint_every == 0 or done) and accelerator.is_main_process:
+            meta = {"step": step, "seconds": time.monotonic() - started}
+            save_state(checkpoint, stage.model, average, optimizer, meta)
+        if done:
+            break
+    if accelerator.is_main_process:
+        stage.model.load_state_dict(average.module.state_dict())
+        stage.eval()
+        with torch.no_grad():
+            save_model(config.out / "model", *stage.finish())
+    return figures
+
+
+def _ema(decay: float):
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        warm = min(decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averaged, current, 1 - warm)
+
+    return update
+
+
+def _loader(stage: Stage, config: TrainConfig, start: int, accelerator: Accelerator) -> DataLoader:
+    mine = range(
+        start * accelerator.num_processes + accelerator.process_index,
+        config.steps * accelerator.num_processes,
+        accelerator.num_processes,
+    )
+    return DataLoader(
+        stage.batches(config, config.split),
+        batch_size=None,
+        sampler=mine,
+        num_workers=config.num_workers,
+        prefetch_factor=4 if config.num_workers else None,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def _validation_batch(stage: Stage, config: TrainConfig) -> Batch | None:
+    try:
+        return stage.batches(config, "val")[0]
+    except LookupError:  # a data set without a validation split
+        return None
+
+
+@torch.no_grad()
+def _validate(
+    stage: Stage, average: torch.optim.swa_utils.AveragedModel, batch: Batch, config: TrainConfig, accelerator: Accelerator
+) -> dict[str, float]:
+    """Figures of one fixed validation batch under the averaged weights; its seed makes the noise the same every time."""
+    kept = stage.model
+    stage.model, stage.training = average.module, False
+    try:
+        with accelerator.autocast():
+            loss, values = stage(_to(batch, accelerator.device))
+    finally:
+        stage.model, stage.training = kept, True
+    return {f"val_{k}": float(v) for k, v in ({"loss": loss.detach()} | values).items()}
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {k: _to(v, device) for k, v in batch.items()}
+    return batch
+
+
+class _Log:
+    """A line a report on stdout, and the same as JSON lines in ``out/log.jsonl``."""
+
+    def __init__(self, out: Path, active: bool) -> None:
+        self.active, self.path = active, out / "log.jsonl"
+        if active:
+            out.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, step: int, seconds: float, figures: dict[str, float]) -> None:
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "seconds": round(seconds, 1)} | figures) + "\n")
+        text = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        print(f"step {step}  {seconds:.0f} s  {step / max(seconds, 1e-9):.1f} it/s  {text}", flush=True)
