@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diff2to3 import Pipeline
+from diff2to3 import _locate as locate
 from diff2to3 import _store as store
 from diff2to3._errors import ComponentError, PipelineFormatError
 from safetensors.torch import load_file, save_file
@@ -149,7 +150,7 @@ def test_saving_refuses_what_loading_would(tmp_path, micro_pipeline):
 
 
 def test_embedded_pipelines_are_complete():
-    for name in store.embedded_names():
-        config = store.read_config(store.EMBEDDED / name)
+    for name in locate.embedded_names():
+        config = store.read_config(locate.EMBEDDED / name)
         assert config.description
         Pipeline.from_pretrained(name, device="cpu")

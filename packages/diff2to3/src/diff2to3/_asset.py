@@ -13,7 +13,22 @@ from torch import Tensor
 
 from diff2to3._atomic import replacing
 from diff2to3._errors import InputError
-from diff2to3._plugins import EXPORTER, Renderer, build
+from diff2to3._plugins import EXPORTER, Renderer, build, registry
+
+
+def export(gaussians: Gaussians, path: Path) -> Path:
+    """Write Gaussians through the exporter of the path's suffix; see `Asset.save`."""
+    suffixes = [suffix[1:].lower() for suffix in path.suffixes]
+    if not suffixes:
+        raise InputError(f"{path} has no suffix that tells a format; expected for example {path}.ply")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder; expected an existing one to write {path.name} into")
+    announced = {component.spec.name for component in registry().components if component.spec.role == EXPORTER.name}
+    endings = [".".join(suffixes[i:]) for i in range(len(suffixes))]  # "compressed.ply" comes before "ply"
+    write = build(EXPORTER, next((ending for ending in endings if ending in announced), suffixes[-1]))
+    with replacing(path) as temporary:
+        write(gaussians, temporary)
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +63,7 @@ class Asset:
             ComponentNotFoundError: no exporter for that suffix.
             InputError: the path has no suffix, or its folder does not exist.
         """
-        path = Path(path)
-        if not path.suffix:
-            raise InputError(f"{path} has no suffix that tells a format; expected for example {path}.ply")
-        if not path.parent.is_dir():
-            raise InputError(f"{path.parent} is not a folder; expected an existing one to write {path.name} into")
-        export = build(EXPORTER, path.suffix[1:].lower())
-        with replacing(path) as temporary:
-            export(self.gaussians, temporary)
-        return path
+        return export(self.gaussians, Path(path))
 
     def render(self, cameras: Camera, background: float | Tensor = 1.0) -> RenderOutput:
         """Draw it: V cameras -> color [V, H, W, 3], alpha and depth [V, H, W, 1]; background in [0, 1] or [3]."""

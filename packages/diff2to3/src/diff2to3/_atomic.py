@@ -14,8 +14,8 @@ from diff2to3._errors import InputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, of the same suffix, that takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    """A temporary path beside `path`, of the same suffixes, that takes its place when the block ends well."""
+    temporary = path.with_name(f".{os.getpid()}-tmp-{path.name}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -54,7 +54,7 @@ def output_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def staging(directory: Path, name: str) -> Iterator[Path]:
     """A temporary folder inside `directory` whose files move there when the block ends well, and vanish when not."""
-    folder = directory / f".{name}.{os.getpid()}.tmp"
+    folder = directory / f".{os.getpid()}-tmp-{name}"
     folder.mkdir()
     try:
         yield folder

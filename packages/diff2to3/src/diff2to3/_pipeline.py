@@ -23,9 +23,10 @@ from diff2to3._asset import Asset
 from diff2to3._errors import ImageInputError, InputError
 from diff2to3._image import condition_image
 from diff2to3._inputs import ImageSource, read_image
+from diff2to3._locate import file_sha256, locate
 from diff2to3._pipeline_config import PipelineConfig
 from diff2to3._plugins import Backbone, FeatureExtractor, LatentDecoder, Matting, Renderer, Structure, registry
-from diff2to3._store import file_sha256, locate, parse_dtype, read_config, save_pipeline, state_sha256
+from diff2to3._store import parse_dtype, read_config, save_pipeline, state_sha256
 
 #: Called as callback(stage, steps done, steps in all).
 Callback = Callable[[str, int, int], None]

@@ -17,47 +17,9 @@ from torch import nn
 
 from diff2to3._atomic import replacing
 from diff2to3._errors import InputError, PipelineFormatError
+from diff2to3._locate import CONFIG_NAME
 from diff2to3._pipeline_config import PipelineConfig
 from diff2to3._plugins import PIPELINE_ROLES
-
-CONFIG_NAME = "pipeline.json"
-EMBEDDED = Path(__file__).parent / "_weights"
-DEFAULT_PIPELINE = "tiny"
-
-
-def locate(source: str | os.PathLike[str] | None) -> Path:
-    """The local directory of a pipeline.
-
-    Args:
-        source: None for the embedded default; an existing directory; the name of an embedded pipeline; or a Hub id
-            ``"owner/name"``, which is downloaded into the Hub's cache.
-
-    Raises:
-        PipelineFormatError: nothing of that name, or the Hub does not give it.
-    """
-    if source is None:
-        source = DEFAULT_PIPELINE
-        if not (EMBEDDED / source / CONFIG_NAME).is_file():
-            raise PipelineFormatError(
-                f"this installation has no embedded pipeline {source!r} ({EMBEDDED / source} lacks {CONFIG_NAME}); "
-                "give the directory or the Hub id of a pipeline"
-            )
-    if Path(source).is_dir():
-        return Path(source)
-    text = os.fspath(source)
-    if (EMBEDDED / text / CONFIG_NAME).is_file() and "/" not in text:
-        return EMBEDDED / text
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/"):
-        return _from_hub(text)
-    raise PipelineFormatError(
-        f"no pipeline {text!r}; expected a directory, a Hub id 'owner/name', or one of the embedded ones: "
-        f"{', '.join(embedded_names()) or 'none in this installation'}"
-    )
-
-
-def embedded_names() -> list[str]:
-    """Names of the pipelines inside this installation."""
-    return sorted(path.parent.name for path in EMBEDDED.glob(f"*/{CONFIG_NAME}"))
 
 
 def read_config(directory: Path) -> PipelineConfig:
@@ -158,12 +120,6 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def state_sha256(component: Any) -> str | None:
     """SHA-256 over names, types, shapes and bytes of a module's state; None for components without tensors."""
     state = component.state_dict() if isinstance(component, nn.Module) else {}
@@ -180,16 +136,3 @@ def _compare(message: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise PipelineFormatError(f"{message}: {', '.join(names[:5])}{more}")
-
-
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.md", "LICENSE*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PipelineFormatError(
-            f"{repository!r} is no directory here, and the Hub does not give it ({type(error).__name__}: {reason})"
-        ) from error

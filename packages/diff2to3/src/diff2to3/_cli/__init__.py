@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import warnings
 from types import FrameType
+from typing import TextIO
 
 import click
 
@@ -63,6 +65,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and leave with its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.showwarning = _warn
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -82,6 +85,19 @@ def _fail(message: str) -> None:
     """One line on stderr, exit code 2."""
     click.echo(f"diff2to3: error: {' '.join(message.split())}", err=True)
     sys.exit(2)
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own users' warnings in one line; those about code are for developers."""
+    if issubclass(category, UserWarning):
+        click.echo(f"diff2to3: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

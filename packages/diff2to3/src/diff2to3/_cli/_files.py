@@ -6,7 +6,7 @@ import json
 import tempfile
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,6 +15,7 @@ from diff2to3._errors import InputError
 if TYPE_CHECKING:
     from gs_render import Gaussians
 
+Up = Literal["y", "-y", "z"]
 _UP = click.option(
     "--up", type=click.Choice(["y", "-y", "z"]), help="Up axis of the file, where its format's own is wrong."
 )
@@ -26,8 +27,7 @@ _UP = click.option(
 @click.option("--no-browser", is_flag=True, help="Only write the page and print its path.")
 def view(file: str, out: str | None, no_browser: bool) -> None:
     """Show a splat file in the browser, as one page that works offline."""
-    from diff2to3._atomic import replacing
-    from diff2to3._plugins import EXPORTER, build
+    from diff2to3._asset import export
 
     source = Path(file)
     if source.suffix.lower() == ".html":
@@ -35,8 +35,7 @@ def view(file: str, out: str | None, no_browser: bool) -> None:
     else:
         gaussians = _load(source)
         page = Path(out) if out else Path(tempfile.mkdtemp(prefix="diff2to3-")) / f"{source.stem}.html"
-        with replacing(_writable(page)) as temporary:
-            build(EXPORTER, "html")(gaussians, temporary)
+        export(gaussians, page)
     click.echo(str(page))
     if not no_browser and not webbrowser.open(page.resolve().as_uri()):
         click.echo("no browser could be started; open the page above in one", err=True)
@@ -46,18 +45,12 @@ def view(file: str, out: str | None, no_browser: bool) -> None:
 @click.argument("source", metavar="IN")
 @click.argument("target", metavar="OUT")
 @_UP
-def convert(source: str, target: str, up: str | None) -> None:
+def convert(source: str, target: str, up: Up | None) -> None:
     """Write the splat file IN in the format of OUT's suffix."""
-    from diff2to3._atomic import replacing
-    from diff2to3._plugins import EXPORTER, build
+    from diff2to3._asset import export
 
-    path = _writable(Path(target))
-    if not path.suffix:
-        raise InputError(f"{path} has no suffix that tells a format; expected for example {path}.ply")
-    export = build(EXPORTER, path.suffix[1:].lower())
     gaussians = _load(Path(source), up)
-    with replacing(path) as temporary:
-        export(gaussians, temporary)
+    path = export(gaussians, Path(target))
     click.echo(f"{path}: {len(gaussians):,} Gaussians, {path.stat().st_size:,} bytes")
 
 
@@ -97,7 +90,8 @@ def _pipeline_facts(directory: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     from diff2to3._errors import PipelineFormatError
-    from diff2to3._store import file_sha256, read_config, weights_path
+    from diff2to3._locate import file_sha256
+    from diff2to3._store import read_config, weights_path
 
     config = read_config(directory)
     roles: dict[str, Any] = {}
@@ -135,13 +129,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _writable(path: Path) -> Path:
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is not a folder; expected an existing one to write {path.name} into")
-    return path
-
-
-def _load(path: Path, up: str | None = None) -> Gaussians:
+def _load(path: Path, up: Up | None = None) -> Gaussians:
     import gs_render
 
     try:

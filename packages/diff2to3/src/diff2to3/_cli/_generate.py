@@ -122,7 +122,7 @@ def _like(manifest: Manifest, job: Job, explicit: set[str], own_pictures: bool) 
 
 
 def _check_same_picture(path: str, sha256: str) -> None:
-    from diff2to3._store import file_sha256
+    from diff2to3._locate import file_sha256
 
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; the manifest was made from it")
@@ -133,16 +133,18 @@ def _check_same_picture(path: str, sha256: str) -> None:
 
 
 def _check_before_loading(job: Job) -> None:
-    """Refuse what can be refused without loading a model: formats and pictures."""
+    """Refuse what can be refused without loading PyTorch: names of components, formats, the pipeline, pictures."""
     from diff2to3._errors import ImageInputError
     from diff2to3._image import alpha_box, as_rgba_array
     from diff2to3._inputs import read_image
+    from diff2to3._locate import locate
     from diff2to3._plugins import EXPORTER, registry
 
     if not job.formats:
         raise InputError(f"--format is empty; expected for example {DEFAULT_FORMATS}")
-    for name in job.formats:
-        registry().find(EXPORTER, name)
+    for role, name in [*job.components.items(), *((EXPORTER.name, suffix) for suffix in job.formats)]:
+        registry().find(role, name)
+    locate(job.pipeline)
     for path in (path for pictures in job.objects for path in pictures):
         picture = read_image(path)
         if picture.mode == "RGBA":
@@ -187,8 +189,8 @@ def _write(
 ) -> dict[str, Any]:
     """Write all files of one asset, at once; return its manifest with the paths of the files."""
     from diff2to3._atomic import staging
+    from diff2to3._locate import file_sha256
     from diff2to3._manifest import Manifest, PictureRecord, describe
-    from diff2to3._store import file_sha256
 
     timings = {"loading": loading, **asset.timings}
     files = {suffix: f"{name}.{suffix}" for suffix in job.formats}
@@ -285,4 +287,8 @@ def _progress() -> Iterator[_Bars]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield _Bars(progress)
+        try:
+            yield _Bars(progress)
+        except BaseException:
+            progress.live.transient = True  # leave nothing but the error's own line
+            raise

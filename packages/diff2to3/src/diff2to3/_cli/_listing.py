@@ -56,12 +56,7 @@ def _report() -> dict[str, dict[str, Any]]:
             **{name: _version(name) for name in _PACKAGES},
         },
         "torch": _torch_facts(),
-        **{
-            f"{kind} backends": {
-                name: "available" if reason is None else f"no: {reason}" for name, reason in found.items()
-            }
-            for kind, found in backends.items()
-        },
+        **{f"{kind} backends": found for kind, found in _backends().items()},
         "pipelines": _pipelines(),
         "plugins": {"loaded": len(registry().components), **broken},
     }
@@ -71,7 +66,7 @@ def _backends() -> dict[str, dict[str, str]]:
     import gs_render
     import sparse_vae
 
-    found = {"render": gs_render.backend_status(), **sparse_vae.backend_status()}
+    found = {**gs_render.backend_report(), **sparse_vae.backend_report()}
     return {
         kind: {name: "available" if reason is None else f"no: {reason}" for name, reason in status.items()}
         for kind, status in found.items()
@@ -94,7 +89,8 @@ def _torch_facts() -> dict[str, Any]:
 
 def _pipelines() -> dict[str, str]:
     from diff2to3._errors import PipelineFormatError
-    from diff2to3._store import EMBEDDED, embedded_names, read_config, weights_path
+    from diff2to3._locate import EMBEDDED, embedded_names
+    from diff2to3._store import read_config, weights_path
 
     found = {}
     for name in embedded_names():

@@ -1,0 +1,275 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def diff2to3(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "diff2to3", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        timeout=280,
+    )
+
+
+@pytest.fixture
+def ball(tmp_path):
+    image = Image.new("RGBA", (96, 80))
+    ImageDraw.Draw(image).ellipse((20, 10, 70, 60), fill=(200, 30, 40, 255))
+    image.save(tmp_path / "ball.png")
+    return tmp_path / "ball.png"
+
+
+def refuses(result, *words):
+    """Exit code 2, one line on stderr that has the words, nothing on stdout."""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.strip("\n").split("\n")
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("diff2to3: error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def make_bad_pictures(folder):
+    whole = folder / "whole.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    Image.fromarray(noise).save(whole)
+    data = whole.read_bytes()
+    (folder / "text.png").write_text("I am no picture")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "truncated.png").write_bytes(data[: len(data) // 2])
+    noise[..., 3] = 0
+    Image.fromarray(noise).save(folder / "clear.png")
+    Image.new("1", (10001, 10000)).save(folder / "bomb.png")
+    (folder / "folder.png").mkdir()
+    whole.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("text.png", ["not a picture"]),
+        ("empty.png", ["0 bytes"]),
+        ("truncated.png", ["truncated"]),
+        ("clear.png", ["shows no object"]),
+        ("bomb.png", ["10001 x 10000", "expected at most"]),
+        ("missing.png", ["no such file"]),
+        ("folder.png", ["is a folder"]),
+    ],
+)
+def test_bad_pictures(tmp_path, micro_pipeline, name, words):
+    make_bad_pictures(tmp_path)
+    result = diff2to3(
+        "generate", tmp_path / name, "--pipeline", micro_pipeline, "-o", tmp_path / "out", "--format", "ply"
+    )
+    refuses(result, str(tmp_path / name), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_bad_picture_among_good_ones_stops_before_anything_is_made(tmp_path, micro_pipeline, ball):
+    result = diff2to3("generate", ball, "missing.png", "--pipeline", micro_pipeline, "-o", tmp_path / "out")
+    refuses(result, "missing.png")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["no picture given"]),
+        (["--nonsense"], ["No such option", "--nonsense"]),
+        (["--steps", "0"], ["--steps"]),
+        (["--seed", "x"], ["--seed"]),
+        (["--dtype", "int8"], ["int8", "bfloat16"]),
+        (["--feature-extractor", "nope"], ["no feature_extractor named 'nope'", "available: flux (flux-features"]),
+        (["--matting", "magic"], ["no matting named 'magic'", "border"]),
+        (["--renderer", "gsplat:auto"], ["no renderer named 'gsplat:auto'"]),
+        (["--format", "ply,xyz"], ["no exporter named 'xyz'", "ply"]),
+        (["--format", ","], ["--format is empty"]),
+        (["--pipeline", "nonsense"], ["no pipeline 'nonsense'"]),
+        (["--from-manifest", "none.json"], ["none.json"]),
+    ],
+)
+def test_bad_usage(ball, micro_pipeline, arguments, words):
+    base = [ball, "--format", "ply", "--pipeline", micro_pipeline] if arguments else []
+    refuses(diff2to3("generate", *base, *arguments, cwd=ball.parent), *words)
+    assert sorted(p.name for p in ball.parent.iterdir()) == ["ball.png"]
+
+
+def test_output_folder_that_cannot_be(ball, micro_pipeline, tmp_path):
+    (tmp_path / "file").write_text("")
+    base = ["generate", ball, "--format", "ply", "--pipeline", micro_pipeline, "-o"]
+    refuses(diff2to3(*base, tmp_path / "file"), "a file is in the way")
+    refuses(diff2to3(*base, tmp_path / "file" / "below"), "a file is in the way")
+    if Path("/proc/self").is_dir():  # even root cannot write there
+        refuses(diff2to3(*base, "/proc/out"), "not writable")
+
+
+def test_broken_pipeline_folders(ball, micro_pipeline, tmp_path):
+    import shutil
+
+    for name in ("truncated", "no-config"):
+        shutil.copytree(micro_pipeline, tmp_path / name)
+    weights = tmp_path / "truncated" / "backbone.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    (tmp_path / "no-config" / "pipeline.json").unlink()
+    for name, words in (("truncated", ["backbone.safetensors", "truncated"]), ("no-config", ["no pipeline.json"])):
+        result = diff2to3("generate", ball, "--pipeline", tmp_path / name, "-o", tmp_path / "out", "--format", "ply")
+        refuses(result, *words)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def made(micro_pipeline, tmp_path_factory):
+    """One real run with everything: two pictures, two samples, JSON."""
+    folder = tmp_path_factory.mktemp("made")
+    for name, shape in (("ball", "ellipse"), ("box", "rectangle")):
+        image = Image.new("RGB", (96, 80), (255, 255, 255))
+        getattr(ImageDraw.Draw(image), shape)((20, 10, 70, 60), fill=(200, 30, 40))
+        image.save(folder / f"{name}.png")
+    options = ["--pipeline", micro_pipeline, "-o", folder / "out", "--samples", "2", "--seed", "7", "--json"]
+    return folder, diff2to3("generate", folder / "ball.png", folder / "box.png", *options)
+
+
+def test_everything_is_written(made):
+    folder, result = made
+    assert result.returncode == 0, result.stderr
+    expected = {
+        f"{n}-{s}.{suffix}" for n in ("ball", "box") for s in (0, 1) for suffix in ("ply", "png", "mp4", "html", "json")
+    }
+    assert {path.name for path in (folder / "out").iterdir()} == expected
+    assert "structure" in result.stderr  # progress
+    import gs_render
+
+    assert len(gs_render.load(folder / "out" / "ball-0.ply")) > 0
+    assert Image.open(folder / "out" / "ball-0.png").width >= 256
+    assert b"ftyp" in (folder / "out" / "ball-0.mp4").read_bytes()[:32]
+    page = (folder / "out" / "ball-0.html").read_text()
+    assert "<html" in page
+    assert 'src="http' not in page
+
+
+def test_json_has_one_object_a_result(made):
+    folder, result = made
+    results = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [r["name"] for r in results] == ["ball-0", "ball-1", "box-0", "box-1"]
+    first = results[0]
+    assert {"seed", "config", "weights", "versions", "timings", "files"} <= set(first)
+    assert (first["seed"], first["sample"]) == (7, 0)
+    assert all(Path(path).is_file() for path in first["files"].values())
+    manifest = json.loads((folder / "out" / "ball-0.json").read_text())
+    assert manifest == {**first, "files": manifest["files"]}
+    assert set(manifest["weights"]) == {"feature_extractor", "structure", "backbone", "latent_decoder"}
+    assert manifest["versions"]["torch"]
+
+
+def test_from_manifest_makes_the_same_bytes_again(made):
+    folder, _ = made
+    manifest = folder / "out" / "ball-1.json"
+    result = diff2to3("generate", "--from-manifest", manifest, "-o", folder / "again", "--format", "ply")
+    assert result.returncode == 0, result.stderr
+    assert (folder / "again" / "ball.ply").read_bytes() == (folder / "out" / "ball-1.ply").read_bytes()
+    assert "ball" in result.stdout
+
+
+def test_manifest_whose_picture_changed(made, tmp_path):
+    folder, _ = made
+    manifest = json.loads((folder / "out" / "ball-0.json").read_text())
+    manifest["pictures"][0]["path"] = str(folder / "box.png")
+    (tmp_path / "m.json").write_text(json.dumps(manifest))
+    refuses(
+        diff2to3("generate", "--from-manifest", tmp_path / "m.json", "-o", tmp_path), "not the picture of the manifest"
+    )
+    (tmp_path / "m.json").write_text('{"seed": 1}')
+    refuses(diff2to3("generate", "--from-manifest", tmp_path / "m.json", "-o", tmp_path), "not a manifest")
+
+
+def test_convert_and_info(made, tmp_path):
+    folder, _ = made
+    source = folder / "out" / "ball-0.ply"
+    assert diff2to3("convert", source, tmp_path / "ball.splat").returncode == 0
+    facts = json.loads(diff2to3("info", tmp_path / "ball.splat", "--json").stdout)
+    assert facts["gaussians"] == json.loads((folder / "out" / "ball-0.json").read_text())["num_gaussians"]
+    (tmp_path / "bad.ply").write_bytes(source.read_bytes()[:500])
+    refuses(diff2to3("info", tmp_path / "bad.ply"), "bad.ply")
+    refuses(diff2to3("convert", tmp_path / "bad.ply", tmp_path / "x.splat"), "bad.ply")
+    refuses(diff2to3("convert", tmp_path / "none.ply", tmp_path / "x.splat"), "no such file")
+    refuses(diff2to3("convert", source, tmp_path / "x.docx"), "no exporter named 'docx'")
+    assert not (tmp_path / "x.splat").exists()
+
+
+def test_view_writes_a_page(made, tmp_path):
+    folder, _ = made
+    result = diff2to3("view", folder / "out" / "ball-0.ply", "--no-browser", "-o", tmp_path / "ball.html")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(tmp_path / "ball.html")
+    assert (tmp_path / "ball.html").stat().st_size > 1000
+
+
+def test_info_of_a_pipeline(micro_pipeline):
+    facts = json.loads(diff2to3("info", micro_pipeline, "--json").stdout)
+    assert facts["pipeline"] == "micro"
+    assert facts["parameters"] == sum(role.get("parameters", 0) for role in facts["roles"].values()) > 1000
+    assert len(facts["roles"]["backbone"]["sha256"]) == 64
+
+
+def test_doctor_says_what_works():
+    report = json.loads(diff2to3("doctor", "--json").stdout)
+    assert report["render backends"]["torch"] == "available"
+    assert report["plugins"] == {"loaded": report["plugins"]["loaded"]}
+    assert {"system", "torch", "pipelines"} <= set(report)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_leaves_nothing(ball, micro_pipeline, tmp_path, how):
+    command = [sys.executable, "-m", "diff2to3", "generate", ball, "--pipeline", micro_pipeline, "--steps", "100000"]
+    process = subprocess.Popen([*command, "-o", tmp_path / "out"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + how
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fault_is_no_bad_input(micro_pipeline, ball, tmp_path):
+    """Exit code 1 and a traceback: the user did nothing wrong."""
+    code = (
+        "import sys, diff2to3._pipeline as p, diff2to3._cli as c;"
+        "p.Pipeline.batch = lambda *a, **k: 1 / 0;"
+        f"sys.argv = ['diff2to3', 'generate', {str(ball)!r}, '--pipeline', {str(micro_pipeline)!r}, '-o', "
+        f"{str(tmp_path / 'out')!r}, '--format', 'ply']; c.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 1
+    assert "ZeroDivisionError" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_version():
+    overview = diff2to3("--help")
+    assert overview.returncode == 0
+    for command in ("generate", "view", "convert", "info", "plugins", "doctor", "data", "train", "eval"):
+        assert command in overview.stdout
+    assert "diff2to3, version" in diff2to3("--version").stdout
+    nothing = diff2to3()
+    assert nothing.returncode == 2
+    assert "Usage" in nothing.stderr
+    refuses(diff2to3("nonsense"), "nonsense")
