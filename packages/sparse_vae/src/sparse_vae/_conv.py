@@ -189,7 +189,7 @@ def _neighbour_map(topology: Topology, kernel_size: int) -> KernelMap:
     def make() -> KernelMap:
         sources = topology.neighbours(kernel_size)
         # The neighbour relation is symmetric: what lies at +d of i has i at -d.
-        return KernelMap(sources, sources.flip(0))
+        return KernelMap(sources, sources.flip(0), identity=len(sources) // 2)
 
     return topology.memo(("neighbour_map", kernel_size), make)
 

@@ -20,10 +20,12 @@ class KernelMap:
     Attributes:
         sources: int64 [K, M], input row that offset k contributes to output row i, or `num_inputs` for none.
         targets: int64 [K, N], the transpose: output row to which offset k carries input row j, or M for none.
+        identity: offset that carries every row to itself, if there is one.
     """
 
     sources: Int[Tensor, "K M"]
     targets: Int[Tensor, "K N"]
+    identity: int | None = None
 
     @property
     def num_outputs(self) -> int:
@@ -36,7 +38,7 @@ class KernelMap:
     @cached_property
     def transposed(self) -> KernelMap:
         """The map that carries outputs back to inputs."""
-        return KernelMap(self.targets, self.sources)
+        return KernelMap(self.targets, self.sources, self.identity)
 
     @cached_property
     @torch.inference_mode(False)
@@ -85,9 +87,10 @@ class _Convolve(torch.autograd.Function):
 def _forward(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
     if x.device.type != "cpu":
         return _gathered_forward(x, weight, kernel_map)
-    out = x.new_zeros(kernel_map.num_outputs, weight.shape[0])
+    identity = kernel_map.identity
+    out = x.new_zeros(kernel_map.num_outputs, weight.shape[0]) if identity is None else x @ weight[:, identity].T
     for k, (inputs, outputs) in enumerate(kernel_map.pairs):
-        if len(outputs):
+        if k != identity and len(outputs):
             out.index_add_(0, outputs, x.index_select(0, inputs) @ weight[:, k].T)
     return out
 
