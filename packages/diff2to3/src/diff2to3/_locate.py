@@ -21,7 +21,7 @@ def locate(source: str | os.PathLike[str] | None) -> Path:
             ``"owner/name"``, which is downloaded into the Hub's cache.
 
     Raises:
-        PipelineFormatError: nothing of that name, or the Hub does not give it.
+        PipelineFormatError: nothing of that name, no pipeline in that directory, or the Hub does not give it.
     """
     if source is None:
         source = DEFAULT_PIPELINE
@@ -31,6 +31,8 @@ def locate(source: str | os.PathLike[str] | None) -> Path:
                 "give the directory or the Hub id of a pipeline"
             )
     if Path(source).is_dir():
+        if not (Path(source) / CONFIG_NAME).is_file():
+            raise PipelineFormatError(f"{source} is not a pipeline: it has no {CONFIG_NAME}")
         return Path(source)
     text = os.fspath(source)
     if (EMBEDDED / text / CONFIG_NAME).is_file() and "/" not in text:

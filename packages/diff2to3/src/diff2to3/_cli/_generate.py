@@ -286,9 +286,12 @@ def _progress() -> Iterator[_Bars]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        try:
-            yield _Bars(progress)
-        except BaseException:
-            progress.live.transient = True  # leave nothing but the error's own line
-            raise
+    progress = Progress(*columns, console=Console(stderr=True))
+    progress.start()
+    try:
+        yield _Bars(progress)
+    except BaseException:
+        progress.live.transient = True  # leave nothing but the error's own line
+        progress.live.stop()
+        raise
+    progress.stop()

@@ -114,8 +114,8 @@ class Exporter(Protocol):
 class Metric(Protocol):
     """A function that compares images with the true ones."""
 
-    def __call__(self, images: Float[Tensor, "v h w 3"], targets: Float[Tensor, "v h w 3"], /) -> Float[Tensor, " v"]:
-        """RGB in [0, 1] -> one figure a view."""
+    def __call__(self, images: Float[Tensor, "b 3 h w"], targets: Float[Tensor, "b 3 h w"], /) -> Float[Tensor, " b"]:
+        """RGB in [0, 1] -> one figure an image."""
         ...
 
 
