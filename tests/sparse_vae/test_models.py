@@ -303,3 +303,52 @@ def test_regularisation_averages_over_all_gaussians(model, objects):
     scales, opacities = (torch.cat([getattr(g, n) for g in gaussians]) for n in ("scales", "opacities"))
     expected = 2 * scales.prod(dim=1).mean() + 3 * ((1 - opacities) ** 2).mean()
     torch.testing.assert_close(gaussian_regularisation(gaussians, volume=2, opacity=3), expected)
+
+
+@pytest.mark.gpu
+def test_training_step_on_the_gpu(model, objects):
+    """bf16 autocast on the GPU against float32 on the CPU, without a host synchronisation once the topology stands."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    x = features_of(objects)
+    config = SMALL.model_copy(update={"num_heads": 3, "width": 48})
+    reference, twin = SparseVAE(config), SparseVAE(config).to("cuda")
+    for half in (reference.encoder, reference.decoder):
+        torch.nn.init.normal_(half.transformer.output_layer.weight, std=0.2)
+    twin.load_state_dict(reference.state_dict())
+    on_gpu = x.to("cuda")
+
+    def step(model, x):
+        mean, logvar = model.encoder(x)
+        gaussians = model.decoder(mean)
+        loss = gaussian_regularisation(gaussians) + kl_divergence(mean.features, logvar.features)
+        loss = loss + sum(g.means.square().mean() + g.sh.square().mean() for g in gaussians)
+        return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+    expected, expected_gradients = step(reference, x)
+    with torch.autocast("cuda", torch.bfloat16):
+        step(twin, on_gpu)  # builds what the topology derives
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss, gradients = step(twin, on_gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.cpu(), expected, atol=0.02, rtol=0.02)
+    for actual, reference_gradient in zip(gradients, expected_gradients, strict=True):
+        error = (actual.cpu() - reference_gradient).norm() / reference_gradient.norm().clamp_min(1e-6)
+        assert error < 0.1, f"relative error {error:.2e}"
+
+
+@pytest.mark.gpu
+def test_topology_on_the_gpu_equals_that_on_the_cpu(objects):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    here, order = Topology.from_coords(objects, 16)
+    there, order_there = Topology.from_coords([o.to("cuda") for o in objects], 16)
+    pairs = [(order, order_there), (here.coords, there.coords), (here.neighbours(), there.neighbours())]
+    pairs += [(here.children(), there.children()), (here.windows(4, 2).order, there.windows(4, 2).order)]
+    pairs += list(zip(here.coarser()[1:], there.coarser()[1:], strict=True))
+    for a, b in pairs:
+        assert torch.equal(a, b.cpu())
+    assert here.windows(4, 2).lengths == there.windows(4, 2).lengths
+    assert here.lengths == there.lengths
