@@ -172,6 +172,17 @@ def test_padded_and_packed_layouts_agree():
         assert torch.equal(c[0], a)
 
 
+def test_any_memory_layout_is_accepted():
+    rope = MARoPE(head_dim=12, grid_size=8)
+    table = rope.table(rope.plane(2, 2))
+    x = torch.randn(4, 2, 12)
+    expected = apply_rotary(x, table)
+    odd_offset = torch.cat([torch.zeros(1), x.flatten()])[1:].view_as(x)
+    odd_stride = torch.nn.functional.pad(x, (0, 1))[..., :12]
+    for same in (odd_offset, odd_stride, x.permute(2, 1, 0).contiguous().permute(2, 1, 0)):
+        assert torch.equal(apply_rotary(same, table), expected)
+
+
 def test_gradients_are_the_transposed_rotation():
     rope = MARoPE(head_dim=12, grid_size=8)
     table = rope.table(rope.plane(2, 2))
