@@ -153,6 +153,14 @@ def test_permuting_voxels_permutes_the_output(cells, random):
     torch.testing.assert_close(run(coords[permutation], features[permutation]), run(coords, features)[permutation])
 
 
+def test_gathered_products_of_nothing():
+    topology, _ = Topology.from_coords([torch.empty(0, 3, dtype=torch.int64)], 8)
+    maps = _neighbour_map(topology, 3)
+    x, weight = torch.empty(0, 3), torch.empty(5, 27, 3)
+    assert kernel_map._gathered_forward(x, weight, maps).shape == (0, 5)
+    assert not kernel_map._gathered_weight_gradient(x, torch.empty(0, 5), maps).any()
+
+
 def test_mixed_precision(objects):
     x = scene(objects, 8, dtype=torch.float32)
     layer = SparseConv3d(8, 8)

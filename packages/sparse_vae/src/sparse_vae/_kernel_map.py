@@ -124,4 +124,4 @@ def _gather(x: Tensor, kernel_map: KernelMap):
     padded = torch.cat([x, x.new_zeros(1, channels)])
     size = max(1024, GATHER_BUDGET // (num_offsets * channels * x.element_size()))
     for sources in kernel_map.sources.split(size, dim=1):
-        yield padded.index_select(0, sources.T.reshape(-1)).view(-1, num_offsets * channels)
+        yield padded.index_select(0, sources.T.reshape(-1)).view(sources.shape[1], num_offsets * channels)

@@ -268,7 +268,8 @@ class Topology:
         shifted = torch.cat([self.coords[:, :1], self.coords[:, 1:] + radius], dim=1)
         keys = _keys(shifted, padded)
         steps = torch.arange(-radius, radius + 1, device=self.device)
-        offsets = torch.cartesian_prod(steps, steps, steps).reshape(-1, 3) @ steps.new_tensor([padded**2, padded, 1])
+        strides = steps.new_tensor([padded**2, padded, 1])
+        offsets = (torch.cartesian_prod(steps, steps, steps).reshape(-1, 3) * strides).sum(dim=1)
         wanted = keys + offsets[:, None]
         num_cells = self.batch_size * padded**3
         if num_cells <= DENSE_TABLE_LIMIT:
