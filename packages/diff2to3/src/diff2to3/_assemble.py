@@ -12,7 +12,16 @@ from torch import nn
 
 from diff2to3._errors import ComponentError, PipelineFormatError
 from diff2to3._pipeline_config import ComponentConfig, PipelineConfig
-from diff2to3._plugins import PIPELINE_ROLES, Role, build, check, load_config_model, registry
+from diff2to3._plugins import (
+    FEATURE_EXTRACTOR,
+    PIPELINE_ROLES,
+    Role,
+    build,
+    check,
+    load_config_model,
+    registry,
+    validate_config,
+)
 from diff2to3._store import load_weights, weights_path
 
 
@@ -120,12 +129,20 @@ def _needs_weights(role: Role[Any], name: str, component: Any) -> bool:
 
 
 def _shared_settings(role: Role[Any], name: str, own: ComponentConfig) -> dict[str, Any]:
-    """The pipeline's own settings, when the replacement takes the same kind of config; else none."""
-    if not own.config:
+    """What a replacement takes over from the pipeline's own component.
+
+    All settings when both take the same kind of config; of feature extractors at least the size of the condition image,
+    because the other models know the token grid that it makes.
+    """
+    replaced = registry().find(role, own.name)
+    model, own_model = load_config_model(registry().find(role, name)), load_config_model(replaced)
+    if model is None or own_model is None:
         return {}
-    find = registry().find
-    model = load_config_model(find(role, name))
-    return dict(own.config) if model is not None and model is load_config_model(find(role, own.name)) else {}
+    if model is own_model:
+        return dict(own.config)
+    if role is FEATURE_EXTRACTOR and "image_size" in model.model_fields and "image_size" in own_model.model_fields:
+        return {"image_size": validate_config(replaced, own_model, own.config).image_size}
+    return {}
 
 
 def _token_channels(extractor: Any) -> int:

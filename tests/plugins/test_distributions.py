@@ -1,0 +1,140 @@
+"""Third-party distributions, really installed: one is swapped in by name, a broken one disturbs nobody, two clash."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """Installs some of the distributions beside this folder; returns the environment that sees them."""
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if uv is None:
+        pytest.fail("uv is needed to install the test distributions: pip install uv")
+
+    def install(*names):
+        target = tmp_path_factory.mktemp("site")
+        command = [uv, "pip", "install", "--quiet", "--no-deps", "--python", sys.executable, "--target", target]
+        subprocess.run([*command, *(HERE / name for name in names)], check=True)
+        return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+
+    return install
+
+
+def diff2to3(environment, *arguments):
+    command = [sys.executable, "-m", "diff2to3", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+
+
+@pytest.fixture
+def ball(tmp_path):
+    image = Image.new("RGBA", (96, 80))
+    ImageDraw.Draw(image).ellipse((20, 10, 70, 60), fill=(200, 30, 40, 255))
+    image.save(tmp_path / "ball.png")
+    return tmp_path / "ball.png"
+
+
+def test_swap_by_name(installed, micro_pipeline, ball, tmp_path):
+    """The pipeline runs with a third party's feature extractor, chosen by name, beside a broken plugin."""
+    environment = installed("good", "broken")
+    options = ["--pipeline", micro_pipeline, "--format", "ply", "--json"]
+    swapped = diff2to3(environment, "generate", ball, *options, "-o", tmp_path / "a", "--feature-extractor", "acme-dct")
+    assert swapped.returncode == 0, swapped.stderr
+    own = diff2to3(environment, "generate", ball, *options, "-o", tmp_path / "b")
+    assert own.returncode == 0, own.stderr
+    manifest = json.loads(swapped.stdout)
+    assert manifest["components"] == {"feature_extractor": "acme-dct"}
+    own_role = json.loads(own.stdout)["config"]["roles"]["feature_extractor"]
+    assert manifest["config"]["roles"]["feature_extractor"] == {
+        "name": "acme-dct",
+        "config": {"image_size": own_role["config"]["image_size"]},  # the other models know the token grid it makes
+    }
+    assert "feature_extractor" not in manifest["weights"]
+    assert (tmp_path / "a" / "ball.ply").read_bytes() != (tmp_path / "b" / "ball.ply").read_bytes()
+
+
+def test_listing_shows_the_good_and_the_broken_one(installed):
+    environment = installed("good", "broken")
+    rows = json.loads(diff2to3(environment, "plugins", "--json").stdout)
+    good = [row for row in rows if row["distribution"] == "acme-features"]
+    assert good == [
+        {
+            "role": "feature_extractor",
+            "name": "acme-dct",
+            "distribution": "acme-features",
+            "version": "1.2.0",
+            "target": "acme_features:DctFeatures",
+            "available": True,
+            "reason": None,
+        }
+    ]
+    [broken] = [row for row in rows if row["distribution"] == "broken-features"]
+    assert not broken["available"]
+    assert "a_module_that_nobody_has" in broken["reason"]
+    assert {"flux-features", "smdit", "sparse-vae", "gs-render"} <= {row["distribution"] for row in rows}
+    text = diff2to3(environment, "plugins").stdout
+    assert "acme-dct" in text
+    assert "no: failed to load: ModuleNotFoundError" in text
+
+
+def test_clash_of_names(installed, micro_pipeline, ball, tmp_path):
+    environment = installed("good", "duplicate")
+    base = [
+        "generate",
+        ball,
+        "--pipeline",
+        micro_pipeline,
+        "--format",
+        "ply",
+        "-o",
+        tmp_path / "out",
+        "--feature-extractor",
+    ]
+    clash = diff2to3(environment, *base, "acme-dct")
+    assert clash.returncode == 2
+    assert "acme-features 1.2.0 and other-features 0.1.0" in clash.stderr
+    assert "'other-features:acme-dct'" in clash.stderr
+    assert not (tmp_path / "out").exists()
+    chosen = diff2to3(environment, *base, "other-features:acme-dct")
+    assert chosen.returncode == 0, chosen.stderr
+    assert (tmp_path / "out" / "ball.ply").is_file()
+
+
+def test_unknown_name_mentions_the_broken_one(installed, micro_pipeline, ball):
+    environment = installed("good", "broken")
+    options = ["--pipeline", micro_pipeline, "--format", "ply", "--feature-extractor", "dinov9"]
+    result = diff2to3(environment, "generate", ball, *options)
+    assert result.returncode == 2
+    for words in (
+        "no feature_extractor named 'dinov9'",
+        "acme-dct (acme-features 1.2.0)",
+        "failed to load: broken-features",
+    ):
+        assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_good_one_keeps_the_contract(installed, tmp_path):
+    """As its author would check it: with the contract tests of diff2to3."""
+    environment = installed("good")
+    (tmp_path / "test_acme.py").write_text(
+        "import pytest\n"
+        "from acme_features import DctFeatures, DctFeaturesConfig\n"
+        "from diff2to3.testing import FeatureExtractorContract\n\n\n"
+        "class TestDctFeatures(FeatureExtractorContract):\n"
+        "    @pytest.fixture\n"
+        "    def component(self):\n"
+        "        return DctFeatures(DctFeaturesConfig(image_size=32))\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path / "test_acme.py"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=280)
+    assert result.returncode == 0, result.stdout
+    assert "passed" in result.stdout
