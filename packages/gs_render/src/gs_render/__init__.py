@@ -12,6 +12,12 @@ from gs_render._formats._registry import LossWarning as LossWarning
 from gs_render._formats._registry import load as load
 from gs_render._formats._registry import save as save
 from gs_render._gaussians import Gaussians as Gaussians
+from gs_render._mesh import Mesh as Mesh
+from gs_render._mesh import extract_mesh as extract_mesh
+from gs_render._pictures import contact_sheet as contact_sheet
+from gs_render._pictures import framing as framing
+from gs_render._pictures import save_video as save_video
+from gs_render._pictures import turntable_cameras as turntable_cameras
 from gs_render._render import RenderOutput as RenderOutput
 from gs_render._render import backend_report as backend_report
 from gs_render._render import backend_status as backend_status

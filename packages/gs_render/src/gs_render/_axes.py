@@ -18,16 +18,17 @@ _TO_FILE: dict[str, list[list[float]] | None] = {
 
 def to_file_axes(gaussians: Gaussians, up: Up) -> Gaussians:
     """World -> a frame in which the axis `up` points up."""
-    return gaussians.transform(_matrix(up)) if _matrix(up) else gaussians
+    return gaussians.transform(file_rotation(up)) if file_rotation(up) else gaussians
 
 
 def from_file_axes(gaussians: Gaussians, up: Up) -> Gaussians:
     """A frame in which the axis `up` points up -> world."""
-    matrix = _matrix(up)
+    matrix = file_rotation(up)
     return gaussians.transform([list(column) for column in zip(*matrix, strict=True)]) if matrix else gaussians
 
 
-def _matrix(up: str) -> list[list[float]] | None:
+def file_rotation(up: str) -> list[list[float]] | None:
+    """Rotation matrix world -> file, None if they are the same."""
     if up not in _TO_FILE:
         raise ValueError(f"up: expected 'z', 'y' or '-y' (the axis of the file that points up), got {up!r}")
     return _TO_FILE[up]

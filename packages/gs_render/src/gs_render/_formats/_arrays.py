@@ -26,7 +26,7 @@ def unit_quaternions(quaternions: np.ndarray) -> np.ndarray:
 
 
 def pack_rotation(quaternions: np.ndarray) -> np.ndarray:
-    """uint32 of [N, 4] wxyz: 2 bits for which component is largest, 3 x 10 bits for the others over -0.71..0.71."""
+    """uint32 of [N, 4] wxyz: 2 bits for which component is largest, 3 x 10 bits for the others."""
     largest, others = smallest_three(quaternions)
     steps = np.rint((others * np.float32(np.sqrt(0.5)) + 0.5).clip(0, 1) * 1023).astype(np.uint32)
     return largest.astype(np.uint32) << 30 | steps[:, 0] << 20 | steps[:, 1] << 10 | steps[:, 2]
@@ -40,7 +40,7 @@ def unpack_rotation(words: np.ndarray) -> np.ndarray:
 
 
 def smallest_three(quaternions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index of the largest component [N], the other three in order [N, 3]), signs such that the largest is positive."""
+    """(index of the largest component [N], the others in order [N, 3]), signs such that the largest is positive."""
     unit = unit_quaternions(quaternions)
     largest = np.abs(unit).argmax(axis=1)
     rows = np.arange(len(unit))

@@ -78,7 +78,7 @@ def write(gaussians: Gaussians, path: Path) -> None:
             "bufferViews": views,
             "buffers": [{"byteLength": offset}],
         }
-    path.write_bytes(_join(document, b"".join(chunks)))
+    path.write_bytes(join_glb(document, b"".join(chunks)))
 
 
 def _coefficients(degree: int) -> list[tuple[int, int]]:
@@ -101,7 +101,8 @@ def _accessor(name: str, values: np.ndarray, view: int) -> dict[str, Any]:
     return accessor
 
 
-def _join(document: dict[str, Any], binary: bytes) -> bytes:
+def join_glb(document: dict[str, Any], binary: bytes) -> bytes:
+    """A binary glTF of its JSON document and its one buffer."""
     text = json.dumps(document, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 4)
     chunks = struct.pack("<II", len(text), _JSON) + text

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gs_render._formats._arrays import logit, sigmoid
+from gs_render._formats._compressed_ply import decode
 from gs_render._formats._ply_table import read_elements, write_elements
 from gs_render._gaussians import Gaussians
 
@@ -24,9 +25,7 @@ def read(path: Path) -> Gaussians:
     """Gaussians in the frame of the file, activated."""
     tables = read_elements(path)
     if "chunk" in tables:
-        from gs_render._formats import _compressed_ply
-
-        return _compressed_ply.decode(tables, path)
+        return decode(tables, path)
     if "vertex" not in tables:
         raise ValueError(f"{path}: PLY without an element 'vertex'; it has {sorted(tables) or 'none'}")
     table = tables["vertex"]

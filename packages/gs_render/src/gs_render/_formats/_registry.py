@@ -74,6 +74,20 @@ FORMATS: tuple[Format, ...] = (
         max_sh_degree=0,
     ),
     Format(".glb", "_glb", "y", "everything, float32 (KHR_gaussian_splatting)"),
+    Format(
+        ".html",
+        "_html",
+        "z",
+        "a page with its own viewer; position to 1/65535 of the extent, rotation to 0.2 degrees, colour and opacity to "
+        "1/255, no harmonics",
+        reads=False,
+        max_sh_degree=0,
+    ),
+    Format(".obj", "_mesh_files", "z", "the surface as a triangle mesh with vertex colours, y up", reads=False),
+    Format(".png", "_pictures", "z", "a contact sheet of 8 views", reads=False),
+    Format(".mp4", "_pictures", "z", "a turntable of 48 frames, H.264", reads=False),
+    Format(".gif", "_pictures", "z", "a turntable of 48 frames in 256 colours", reads=False),
+    Format(".webp", "_pictures", "z", "a turntable of 48 frames", reads=False),
 )
 
 
@@ -118,7 +132,8 @@ def save(gaussians: Gaussians, path: PathLike, up: Up | None = None) -> Path:
 
     Args:
         gaussians: world frame (z up), any device and dtype; values must be finite.
-        path: a suffix of `FORMATS`.
+        path: a suffix of `FORMATS`. Pictures show the object from default cameras; `save_video` and `contact_sheet`
+            take others.
         up: as in `load`.
 
     Warns:

@@ -1,7 +1,7 @@
 """The .spz of Niantic: about 20 bytes a Gaussian before compression. Reads versions 2, 3 (gzip) and 4 (zstd), writes 3.
 
-Sections of the payload, N rows each: position 3 x 24-bit fixed point, opacity, colour, log-scale, rotation (version 2: x y
-z bytes; later: which component is largest and 3 x (sign, 9 bits), order x y z w), harmonics by coefficient, rgb inside.
+Sections of the payload, N rows each: position 3 x 24-bit fixed point, opacity, colour, log-scale, rotation (version 2:
+bytes of x y z; later: which component is largest and 3 x (sign, 9 bits), order x y z w), harmonics, rgb inside.
 """
 
 from __future__ import annotations
