@@ -219,5 +219,9 @@ class SingleStreamBlock(nn.Module):
         if rope is not None and tokens.joint_table is not None:
             q, k = rope.rotate(q, k, tokens.joint_table)
         attended = attention(q, k, v, tokens.layout.segment_major).flatten(-2)
-        update = self.contract(torch.cat([attended, F.gelu(hidden, approximate="tanh")], dim=-1))
-        return gated(x, update, gate, tokens.joint)
+        return gated(x, self._contract(attended, F.gelu(hidden, approximate="tanh")), gate, tokens.joint)
+
+    def _contract(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        """`contract` of the concatenation, which is not built: it would be the largest tensor of the block."""
+        weight = self.contract.weight.split([attended.shape[-1], hidden.shape[-1]], dim=1)
+        return torch.addmm(F.linear(hidden, weight[1], self.contract.bias), attended, weight[0].T)
