@@ -18,6 +18,7 @@ from torch import nn
 from diff2to3._atomic import replacing
 from diff2to3._errors import InputError, PipelineFormatError
 from diff2to3._locate import CONFIG_NAME
+from diff2to3._locate import locate as locate
 from diff2to3._pipeline_config import PipelineConfig
 from diff2to3._plugins import PIPELINE_ROLES
 
