@@ -5,8 +5,9 @@ import torch
 from smdit import EulerSampler, cross_dit_from_trellis, structure_dit_from_trellis
 from smdit._cross_blocks import CrossBlock, CrossTokens
 from smdit._embedding import TimeEmbedding, sincos_embedding, timestep_embedding
+from smdit._flux_weights import rename
 from smdit._sparse_io import SparseResBlock
-from smdit._weights import TRELLIS_CROSS_BLOCK, TRELLIS_RES_BLOCK, rename
+from smdit._trellis import TRELLIS_CROSS_BLOCK, TRELLIS_RES_BLOCK
 from sparse_vae import SparseTensor, Topology
 
 pytestmark = pytest.mark.golden

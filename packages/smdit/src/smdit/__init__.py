@@ -11,17 +11,12 @@ from smdit._config import (
 )
 from smdit._cross_dit import CrossDiT
 from smdit._flow import flow_matching_loss, sample_time, voxel_noise
+from smdit._flux_weights import from_bfl_block, from_diffusers_double_block, from_diffusers_single_block
 from smdit._model import SMDiT
 from smdit._samplers import EulerSampler, HeunSampler, MultistepSampler, SamplingStep, make_sampler
 from smdit._structure_dit import StructureDiT
 from smdit._structure_flow import StructureFlow
-from smdit._weights import (
-    cross_dit_from_trellis,
-    from_bfl_block,
-    from_diffusers_double_block,
-    from_diffusers_single_block,
-    structure_dit_from_trellis,
-)
+from smdit._trellis import cross_dit_from_trellis, load_trellis, structure_dit_from_trellis
 
 __all__ = [
     "CrossDiT",
@@ -46,6 +41,7 @@ __all__ = [
     "from_bfl_block",
     "from_diffusers_double_block",
     "from_diffusers_single_block",
+    "load_trellis",
     "make_sampler",
     "sample_time",
     "structure_dit_from_trellis",

@@ -1,19 +1,20 @@
-"""Weights of other implementations: which of their tensors becomes which of ours.
-
-Every map is explicit and strict: a tensor that a map does not know, or one that the model misses, is an error.
-"""
+"""Flow checkpoints of TRELLIS: {name, args} JSON beside safetensors, loaded by explicit and strict key maps."""
 
 from __future__ import annotations
 
-import re
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from smdit._config import CrossDiTConfig, StructureDiTConfig
 from smdit._cross_dit import CrossDiT
+from smdit._flux_weights import rename
 from smdit._structure_dit import StructureDiT
 
 # Module paths; the last part of a key (weight, bias, gamma) is the same on both sides.
@@ -45,107 +46,58 @@ TRELLIS_TRUNK = {
     "adaLN_modulation.1": "shared_modulation.linear",
     "out_layer": "output",
 }
-FLUX_SINGLE_BLOCK = {
-    "norm.linear": "modulation.linear",
-    "attn.norm_q": "q_norm",
-    "attn.norm_k": "k_norm",
-    "proj_out": "contract",
-}
-FLUX_DOUBLE_BLOCK = {
-    "norm1.linear": "voxel.modulation.linear",
-    "norm1_context.linear": "image.modulation.linear",
-    "attn.norm_q": "voxel.q_norm",
-    "attn.norm_k": "voxel.k_norm",
-    "attn.norm_added_q": "image.q_norm",
-    "attn.norm_added_k": "image.k_norm",
-    "attn.to_out.0": "voxel.out",
-    "attn.to_add_out": "image.out",
-    "ff.net.0.proj": "voxel.mlp.0",
-    "ff.net.2": "voxel.mlp.2",
-    "ff_context.net.0.proj": "image.mlp.0",
-    "ff_context.net.2": "image.mlp.2",
-}
-FLUX_DOUBLE_FUSED = {
-    "voxel.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "image.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-}
-FLUX_SINGLE_FUSED = {"expand": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
+# Arguments that do not change what a model computes in the precision chosen here.
+_IGNORED = frozenset({"use_fp16", "use_checkpoint"})
+_COMMON = frozenset(
+    {
+        "resolution", "in_channels", "out_channels", "model_channels", "cond_channels", "num_blocks", "num_heads",
+        "num_head_channels", "mlp_ratio", "patch_size", "pe_mode", "share_mod", "qk_rms_norm", "qk_rms_norm_cross",
+    }
+)  # fmt: skip
+_SPARSE = frozenset({"num_io_res_blocks", "io_block_channels", "use_skip_connection"})
 
 
-def rename(state: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str, Tensor]:
-    """`state` with the module path of every tensor replaced; a path without an entry is an error."""
-    renamed = {}
-    for key, tensor in state.items():
-        module, _, parameter = key.rpartition(".")
-        if module not in modules:
-            raise ValueError(f"no counterpart for {key!r}: known modules are {', '.join(sorted(modules))}")
-        renamed[f"{modules[module]}.{parameter}"] = tensor
-    return renamed
+def load_trellis(path: str | os.PathLike[str]) -> CrossDiT | StructureDiT:
+    """Load a flow from TRELLIS's files, such as `ckpts/slat_flow_img_dit_L_64l8p2_fp16`.
 
+    Args:
+        path: the .json or .safetensors file, or their common path without suffix; both files are needed.
 
-def from_diffusers_double_block(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of diffusers' FluxTransformerBlock as those of a `DoubleStreamBlock`.
+    Returns:
+        `CrossDiT` for a SLatFlowModel, `StructureDiT` for a SparseStructureFlowModel, in float32, in eval mode.
 
-    What FLUX calls the image stream (latents to denoise) is the voxel stream here; its text stream (the condition,
-    first in the joint sequence) is the image stream here.
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: a model or an argument that is not supported, or weights that do not fit.
     """
-    return _from_diffusers(state, FLUX_DOUBLE_BLOCK, FLUX_DOUBLE_FUSED)
+    stem = Path(path)
+    if stem.suffix in (".json", ".safetensors"):
+        stem = stem.with_suffix("")
+    config_file, weights_file = (stem.with_name(stem.name + suffix) for suffix in (".json", ".safetensors"))
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: a TRELLIS checkpoint is a .json and a .safetensors file")
+    description = json.loads(config_file.read_text())
+    loaders = {"SLatFlowModel": cross_dit_from_trellis, "SparseStructureFlowModel": structure_dit_from_trellis}
+    name = description.get("name")
+    if name not in loaders:
+        raise ValueError(f"{config_file} describes {name!r}, expected one of {', '.join(loaders)}")
+    try:
+        model = loaders[name](description["args"], load_file(weights_file))
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {weights_file} do not fit {config_file.name}: {error}") from error
+    model.eval()
+    return model
 
 
-def from_diffusers_single_block(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of diffusers' FluxSingleTransformerBlock as those of a `SingleStreamBlock`."""
-    return _from_diffusers(state, FLUX_SINGLE_BLOCK, FLUX_SINGLE_FUSED)
-
-
-def _from_diffusers(
-    state: Mapping[str, Tensor], modules: Mapping[str, str], fused: Mapping[str, tuple[str, ...]]
-) -> dict[str, Tensor]:
-    remaining = dict(state)
-    joined = {}
-    for target, sources in fused.items():
-        for parameter in ("weight", "bias"):
-            joined[f"{target}.{parameter}"] = torch.cat([remaining.pop(f"{source}.{parameter}") for source in sources])
-    return {**rename(remaining, modules), **joined}
-
-
-FLUX_BFL_SINGLE_BLOCK = {
-    "modulation.lin": "modulation.linear",
-    "linear1": "expand",
-    "linear2": "contract",
-    "norm.query_norm": "q_norm",
-    "norm.key_norm": "k_norm",
-}
-FLUX_BFL_DOUBLE_BLOCK = {
-    f"{theirs}_{part}": f"{ours}.{target}"
-    for theirs, ours in (("img", "voxel"), ("txt", "image"))
-    for part, target in {
-        "mod.lin": "modulation.linear",
-        "attn.qkv": "qkv",
-        "attn.norm.query_norm": "q_norm",
-        "attn.norm.key_norm": "k_norm",
-        "attn.proj": "out",
-        "mlp.0": "mlp.0",
-        "mlp.2": "mlp.2",
-    }.items()
-}
-
-
-def from_bfl_block(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of one block in the layout of black-forest-labs/flux.
-
-    Double blocks hold "img_attn.qkv.weight" and so on, single ones "linear1.weight"; RMS norms call the weight `scale`.
-    """
-    modules = FLUX_BFL_SINGLE_BLOCK if "linear1.weight" in state else FLUX_BFL_DOUBLE_BLOCK
-    return rename({re.sub(r"_norm\.scale$", "_norm.weight", key): tensor for key, tensor in state.items()}, modules)
-
-
-def cross_dit_config_from_trellis(args: Mapping[str, Any]) -> CrossDiTConfig:
+def cross_dit_config(args: Mapping[str, Any]) -> CrossDiTConfig:
     """Config of the `CrossDiT` that equals TRELLIS's SLatFlowModel(**args), with TRELLIS's defaults."""
+    _check_arguments(args, _COMMON | _SPARSE)
     io_channels = tuple(args.get("io_block_channels") or ())
     patch_size = args.get("patch_size", 2)
     if patch_size != 2 ** len(io_channels):
         raise ValueError(f"patch_size={patch_size} does not match io_block_channels={io_channels}")
-    if args.get("out_channels", args["in_channels"]) != args["in_channels"]:
+    if args["out_channels"] != args["in_channels"]:
         raise ValueError(f"a flow returns what it takes, got {args['in_channels']} and {args['out_channels']} channels")
     return CrossDiTConfig(
         latent_channels=args["in_channels"],
@@ -157,8 +109,9 @@ def cross_dit_config_from_trellis(args: Mapping[str, Any]) -> CrossDiTConfig:
     )
 
 
-def structure_dit_config_from_trellis(args: Mapping[str, Any]) -> StructureDiTConfig:
+def structure_dit_config(args: Mapping[str, Any]) -> StructureDiTConfig:
     """Config of the `StructureDiT` that equals TRELLIS's SparseStructureFlowModel(**args), with TRELLIS's defaults."""
+    _check_arguments(args, _COMMON)
     return StructureDiTConfig(
         latent_channels=args["in_channels"],
         out_channels=args["out_channels"],
@@ -168,9 +121,14 @@ def structure_dit_config_from_trellis(args: Mapping[str, Any]) -> StructureDiTCo
     )
 
 
-def _common(args: Mapping[str, Any]) -> dict[str, Any]:
+def _check_arguments(args: Mapping[str, Any], known: frozenset[str]) -> None:
+    if unknown := sorted(set(args) - known - _IGNORED):
+        raise ValueError(f"arguments without a counterpart here: {', '.join(unknown)}")
     if args.get("pe_mode", "ape") != "ape":
         raise ValueError(f"pe_mode={args['pe_mode']!r} does not run in TRELLIS itself; only 'ape' can be converted")
+
+
+def _common(args: Mapping[str, Any]) -> dict[str, Any]:
     width = args["model_channels"]
     return {
         "condition_channels": args["cond_channels"],
@@ -191,7 +149,7 @@ def cross_dit_from_trellis(args: Mapping[str, Any], state: Mapping[str, Tensor])
         args: what its .json calls "args".
         state: the tensors of its .safetensors.
     """
-    config = cross_dit_config_from_trellis(args)
+    config = cross_dit_config(args)
     modules = {**TRELLIS_TRUNK, "input_layer": "encoder.input"}
     modules.update(_numbered("blocks", "blocks", config.num_blocks, TRELLIS_CROSS_BLOCK))
     num_io_blocks = len(config.io_channels) * config.num_io_blocks
@@ -209,7 +167,7 @@ def structure_dit_from_trellis(args: Mapping[str, Any], state: Mapping[str, Tens
         args: what its .json calls "args".
         state: the tensors of its .safetensors.
     """
-    config = structure_dit_config_from_trellis(args)
+    config = structure_dit_config(args)
     modules = {**TRELLIS_TRUNK, "input_layer": "input"}
     modules.update(_numbered("blocks", "blocks", config.num_blocks, TRELLIS_CROSS_BLOCK))
     model = StructureDiT(config)
