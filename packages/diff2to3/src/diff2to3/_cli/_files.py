@@ -47,10 +47,15 @@ def view(file: str, out: str | None, no_browser: bool) -> None:
 @_UP
 def convert(source: str, target: str, up: Up | None) -> None:
     """Write the splat file IN in the format of OUT's suffix."""
+    from diff2to3._plugins import EXPORTER, registry
+
+    path = Path(target)
+    if path.suffix:
+        registry().find(EXPORTER, path.suffix[1:].lower())  # refuse an unknown type before the work of reading
+    gaussians = _load(Path(source), up)
     from diff2to3._asset import export
 
-    gaussians = _load(Path(source), up)
-    path = export(gaussians, Path(target))
+    export(gaussians, path)
     click.echo(f"{path}: {len(gaussians):,} Gaussians, {path.stat().st_size:,} bytes")
 
 
@@ -130,10 +135,11 @@ def _existing(path: Path) -> Path:
 
 
 def _load(path: Path, up: Up | None = None) -> Gaussians:
+    _existing(path)
     import gs_render
 
     try:
-        return gs_render.load(_existing(path), up=up)
+        return gs_render.load(path, up=up)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         raise InputError(message if path.name in message else f"{path}: {message}") from error
