@@ -9,7 +9,19 @@ _RENDERERS = (
     ("gsplat", "GsplatRenderer", ("gsplat",), "gs-render[gsplat]"),
 )
 # Suffixes without the dot, with the optional modules that writing them needs.
-_EXPORTERS = (("ply", (), ""),)
+_EXPORTERS = (
+    ("ply", (), ""),
+    ("splat", (), ""),
+    ("spz", (), ""),
+    ("sog", (), ""),
+    ("glb", (), ""),
+    ("html", (), ""),
+    ("obj", (), ""),
+    ("png", (), ""),
+    ("gif", (), ""),
+    ("webp", (), ""),
+    ("mp4", ("av",), "gs-render[cpu]"),
+)
 
 
 @hookimpl

@@ -1,6 +1,9 @@
 """3D Gaussian splatting in Python: Gaussians, cameras, differentiable rendering, file formats, viewers."""
 
 from gs_render._camera import Camera as Camera
+from gs_render._commands import convert as convert
+from gs_render._commands import describe as describe
+from gs_render._commands import view as view
 from gs_render._components import AutoRenderer as AutoRenderer
 from gs_render._components import CpuRenderer as CpuRenderer
 from gs_render._components import GsplatRenderer as GsplatRenderer

@@ -103,8 +103,11 @@ def _sphere_cameras(centre: Tensor, radius: float, num_views: int, size: int) ->
 
 
 def _draw_views(gaussians: Gaussians, cameras: Camera, margin: float, draw: DrawFunction) -> RenderOutput:
-    """All views, colours not dimmed by alpha. Where a little of the far side shines through, the mean depth would lie inside the object:
-    draw again without what lies more than `margin` behind the mean, which leaves the front side alone."""
+    """All views, colours not dimmed by alpha.
+
+    Where a little of the far side shines through, the mean depth would lie inside the object: draw again without what
+    lies more than `margin` behind the mean, which leaves the front side alone.
+    """
     parts = []
     with torch.no_grad():
         for camera in cameras:

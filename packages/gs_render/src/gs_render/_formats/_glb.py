@@ -30,6 +30,9 @@ def read(path: Path) -> Gaussians:
         parts = [_read_primitive(document, binary, *place, path) for place in _placed_primitives(document)]
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged glTF: {type(error).__name__}: {error}") from error
+    used = document.get("extensionsUsed")
+    if not parts and isinstance(used, list) and _EXTENSION in used:
+        return Gaussians.empty()
     if not parts:
         raise ValueError(f"{path}: glTF without a primitive of {_EXTENSION}")
     return Gaussians.concatenate(parts)

@@ -27,17 +27,17 @@ _MAX_META = 4 << 20
 
 def read(path: Path) -> Gaussians:
     """Gaussians in the frame of the file."""
+    data = path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read_archive(archive, path)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return _read_archive(archive, len(data), path)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged SOG archive: {error}") from error
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: damaged SOG description: {type(error).__name__}: {error}") from error
 
 
-def _read_archive(archive: zipfile.ZipFile, path: Path) -> Gaussians:
-    size = path.stat().st_size
+def _read_archive(archive: zipfile.ZipFile, size: int, path: Path) -> Gaussians:
     meta = json.loads(_member(archive, "meta.json", _MAX_META, path))
     if not isinstance(meta, dict) or meta.get("version") != 2:
         raise ValueError(

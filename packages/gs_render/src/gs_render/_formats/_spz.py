@@ -19,8 +19,7 @@ from gs_render._gaussians import Gaussians
 _MAGIC = 0x5053474E
 _COLOR_SCALE = 0.15
 _REST = (0, 3, 8, 15)
-_FRACTION_BITS = 12  # precision 1/4096 in files of other programs; ours take what the extent leaves, up to 20
-_MAX_FRACTION_BITS = 20
+_MAX_FRACTION_BITS = 20  # other programs write 12, a precision of 1/4096; we take what the extent leaves
 # A payload may be this large, or this many times the file, whichever is more. Real files shrink 1.1 to 4 times.
 _FREE_PAYLOAD = 32 << 20
 _MAX_RATIO = 100
@@ -50,7 +49,7 @@ def read(path: Path) -> Gaussians:
         np.exp(sections["scale"] / np.float32(16) - 10),
         _unpack_rotation(sections["rotation"], version),
         sections["opacity"][:, 0] / np.float32(255),
-        np.concatenate([color[:, None, :], rest.reshape(count, -1, 3)], axis=1),
+        np.concatenate([color[:, None, :], rest.reshape(count, _REST[degree], 3)], axis=1),
     )
     return Gaussians(*(torch.from_numpy(np.array(field, dtype=np.float32, order="C")) for field in fields))
 
