@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,10 @@ def load_trellis(path: str | os.PathLike[str]) -> CrossDiT | StructureDiT:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: a TRELLIS checkpoint is a .json and a .safetensors file")
     description = json.loads(config_file.read_text())
-    loaders = {"SLatFlowModel": cross_dit_from_trellis, "SparseStructureFlowModel": structure_dit_from_trellis}
+    loaders: dict[str, Callable[[Mapping, Mapping], CrossDiT | StructureDiT]] = {
+        "SLatFlowModel": cross_dit_from_trellis,
+        "SparseStructureFlowModel": structure_dit_from_trellis,
+    }
     name = description.get("name")
     if name not in loaders:
         raise ValueError(f"{config_file} describes {name!r}, expected one of {', '.join(loaders)}")
@@ -86,8 +89,7 @@ def load_trellis(path: str | os.PathLike[str]) -> CrossDiT | StructureDiT:
         model = loaders[name](description["args"], load_file(weights_file))
     except RuntimeError as error:
         raise ValueError(f"the weights in {weights_file} do not fit {config_file.name}: {error}") from error
-    model.eval()
-    return model
+    return model.eval()
 
 
 def cross_dit_config(args: Mapping[str, Any]) -> CrossDiTConfig:
