@@ -62,7 +62,9 @@ class FluxFeatures(nn.Module):
         height, width = images.shape[-2:]
         side = self.stride * self.patch
         if images.ndim != 4 or images.shape[1] != 3 or height % side or width % side:
-            raise ValueError(f"expected images [B, 3, H, W] with H and W multiples of {side}, got {tuple(images.shape)}")
+            raise ValueError(
+                f"expected images [B, 3, H, W] with H and W multiples of {side}, got {tuple(images.shape)}"
+            )
         return (self._latent(images) - self.channel_mean) / self.channel_std
 
     def tokens(self, feature_map: Float[Tensor, "B C h w"]) -> Float[Tensor, "B i j D"]:

@@ -54,9 +54,13 @@ def lift_features(
     """
     num_views, channels = feature_maps.shape[:2]
     if cameras.world_to_camera.shape[0] != num_views:
-        raise ValueError(f"got {num_views} feature maps and {cameras.world_to_camera.shape[0]} cameras, expected as many")
+        raise ValueError(
+            f"got {num_views} feature maps and {cameras.world_to_camera.shape[0]} cameras, expected as many"
+        )
     if visibility == "depth" and (depth is None or depth.shape[0] != num_views):
-        raise ValueError(f"visibility='depth' needs depth maps [V={num_views}, h, w], got {None if depth is None else tuple(depth.shape)}")
+        raise ValueError(
+            f"visibility='depth' needs depth maps [V={num_views}, h, w], got {None if depth is None else tuple(depth.shape)}"
+        )
     chunk = max(1, _CHUNK_ELEMENTS // max(1, num_views * channels))
     parts = [
         _lift_chunk(feature_maps, cameras, part, visibility, depth, depth_tolerance, out_of_frame)

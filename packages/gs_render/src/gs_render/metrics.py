@@ -24,7 +24,13 @@ _VGG16 = {
     "pools": (4, 9, 16, 23),
     "taps": (3, 8, 15, 22, 29),
 }  # fmt: skip
-_ALEX_CONVS = {0: (3, 64, 11, 4, 2), 3: (64, 192, 5, 1, 2), 6: (192, 384, 3, 1, 1), 8: (384, 256, 3, 1, 1), 10: (256, 256, 3, 1, 1)}
+_ALEX_CONVS = {
+    0: (3, 64, 11, 4, 2),
+    3: (64, 192, 5, 1, 2),
+    6: (192, 384, 3, 1, 1),
+    8: (384, 256, 3, 1, 1),
+    10: (256, 256, 3, 1, 1),
+}
 _ALEX_TAPS = (1, 4, 7, 9, 11)
 
 
@@ -35,7 +41,13 @@ def psnr(image: Images, target: Images) -> Float[Tensor, " B"]:
 
 
 def ssim(image: Images, target: Images, window: int = 11, sigma: float = 1.5) -> Float[Tensor, " B"]:
-    """Structural similarity (Wang et al. 2004): Gaussian window, K1 = .01, K2 = .03, no padding."""
+    """Structural similarity (Wang et al. 2004): Gaussian window, K1 = .01, K2 = .03, no padding.
+
+    Computed in float32 or better even under autocast: in half precision the variances cancel to noise.
+    """
+    if torch.is_autocast_enabled(image.device.type):
+        with torch.autocast(image.device.type, enabled=False):
+            return ssim(image.float(), target.float(), window, sigma)
     taps = torch.arange(window, dtype=image.dtype, device=image.device) - window // 2
     kernel = torch.exp(-(taps**2) / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).expand(15, 1, -1)
@@ -66,7 +78,11 @@ class LPIPS(nn.Module):
         self.taps = _VGG16["taps"] if backbone == "vgg" else _ALEX_TAPS
         widths = (64, 128, 256, 512, 512) if backbone == "vgg" else (64, 192, 384, 256, 256)
         for index, width in enumerate(widths):
-            setattr(self, f"lin{index}", nn.ModuleDict({"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}))
+            setattr(
+                self,
+                f"lin{index}",
+                nn.ModuleDict({"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}),
+            )
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
         from safetensors.torch import load_file

@@ -23,8 +23,12 @@ def _report(stage: str, count: int, failures: dict[str, str]) -> None:
 
 
 def _shared(function):
-    function = click.option("--index", type=click.Path(path_type=Path, exists=True), help="CSV with columns id, split.")(function)
-    function = click.option("--split", "splits", multiple=True, help="Only these splits (repeatable); default all.")(function)
+    function = click.option(
+        "--index", type=click.Path(path_type=Path, exists=True), help="CSV with columns id, split."
+    )(function)
+    function = click.option("--split", "splits", multiple=True, help="Only these splits (repeatable); default all.")(
+        function
+    )
     function = click.option("--limit", type=int, help="Only the first N objects of each split.")(function)
     return click.option("--workers", type=int, default=os.cpu_count(), show_default="all cores")(function)
 
@@ -43,8 +47,12 @@ def _rows(source: Path, index: Path | None, splits: tuple[str, ...], limit: int 
 @_shared
 @click.option("--size", type=int, default=256, show_default=True, help="Side of a picture in pixels.")
 @click.option("--views", type=int, default=32, show_default=True, help="Views spread over the sphere, for features.")
-@click.option("--extra-views", type=int, default=8, show_default=True, help="More random views, unseen by the features.")
-@click.option("--condition-views", type=int, default=16, show_default=True, help="Views a person would photograph from.")
+@click.option(
+    "--extra-views", type=int, default=8, show_default=True, help="More random views, unseen by the features."
+)
+@click.option(
+    "--condition-views", type=int, default=12, show_default=True, help="Views a person would photograph from."
+)
 def render(source, out, index, splits, limit, workers, size, views, extra_views, condition_views) -> None:
     """Render the assets under SOURCE into the data set OUT."""
     from diff2to3.data._render_stage import RenderSettings, render_objects, write_objects
@@ -77,7 +85,9 @@ def voxelize(source, out, index, splits, limit, workers, grid_size) -> None:
 @click.argument("out", type=_FOLDER)
 @click.option("--extractor", type=_ASSETS, required=True, help="Model folder of `diff2to3 train autoencoder`.")
 @click.option("--views", type=int, default=32, show_default=True)
-@click.option("--variants", type=int, default=4, show_default=True, help="Colour variants an object, the first unchanged.")
+@click.option(
+    "--variants", type=int, default=4, show_default=True, help="Colour variants an object, the first unchanged."
+)
 @click.option("--visibility", type=click.Choice(["all", "depth"]), default="depth", show_default=True)
 @click.option("--grid-size", type=int, default=32, show_default=True)
 @click.option("--device", default=None)
@@ -96,7 +106,9 @@ def features(out, extractor, views, variants, visibility, grid_size, device, sha
 
 @data.command()
 @click.argument("out", type=_FOLDER)
-@click.option("--vae", type=_ASSETS, required=True, help="Model folder of `diff2to3 train vae`; its statistics are updated.")
+@click.option(
+    "--vae", type=_ASSETS, required=True, help="Model folder of `diff2to3 train vae`; its statistics are updated."
+)
 @click.option("--device", default=None)
 @click.option("--shard", default="0/1", show_default=True, help="I/N: this process's share of the objects.")
 def latents(out, vae, device, shard) -> None:

@@ -66,7 +66,9 @@ def lift_objects(
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 maps = extractor(images)
             lifted.append(
-                lift_features(maps.float(), cameras, voxel_centres(points, grid_size), settings.visibility, depth=surface)
+                lift_features(
+                    maps.float(), cameras, voxel_centres(points, grid_size), settings.visibility, depth=surface
+                )
             )
         return {
             "features": torch.stack(lifted).half().cpu().numpy(),
@@ -120,10 +122,10 @@ def encode_objects(vae: SparseVAE, store: Store, ids: list[str], fingerprint: st
 
 
 def latent_statistics(store: Store, ids: list[str]) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation of the stored latents, in float64."""
+    """Per-channel mean and standard deviation of the stored latents of unchanged colours, at every turn, in float64."""
     total, squares, count = 0.0, 0.0, 0
     for object_id in ids:
-        latents: Any = store.read("latents", object_id)["latents"].astype(np.float64)
+        latents: Any = store.read("latents", object_id)["latents"][0].astype(np.float64)
         latents = latents.reshape(-1, latents.shape[-1])
         total, squares, count = total + latents.sum(0), squares + (latents**2).sum(0), count + len(latents)
     if not count:

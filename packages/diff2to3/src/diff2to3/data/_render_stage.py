@@ -18,7 +18,7 @@ from diff2to3.data._store import Store, encode_pngs, run_stage, write_atomically
 from diff2to3.data._views import condition_views, random_views, sphere_views
 from diff2to3.data._voxelize import voxelize
 
-CONDITION_FRAME = 512  # pixels; the crop around the object is taken from a frame of this side
+CONDITION_FRAME = 384  # pixels; the crop around the object is taken from a frame of this side
 
 
 class RenderSettings(BaseModel):
@@ -29,7 +29,7 @@ class RenderSettings(BaseModel):
     size: int = Field(default=256, ge=32, multiple_of=32)
     num_views: int = Field(default=32, ge=1)
     num_extra_views: int = Field(default=8, ge=0)
-    num_condition_views: int = Field(default=16, ge=0)
+    num_condition_views: int = Field(default=12, ge=0)
     seed: int = 0
 
 
@@ -56,7 +56,9 @@ def asset_path(source: Path, object_id: str) -> Path:
 
 
 def write_objects(store: Store, rows: list[dict[str, str]]) -> None:
-    """``objects.csv`` of the data set."""
+    """Adds objects to ``objects.csv`` of the data set, or replaces their rows."""
+    if (store.root / "objects.csv").is_file():
+        rows = list(({row["id"]: row for row in store.objects()} | {row["id"]: row for row in rows}).values())
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), extrasaction="ignore")
     writer.writeheader()
@@ -64,7 +66,9 @@ def write_objects(store: Store, rows: list[dict[str, str]]) -> None:
     write_atomically(store.root / "objects.csv", buffer.getvalue().encode())
 
 
-def render_objects(source: Path, store: Store, ids: list[str], settings: RenderSettings, workers: int) -> dict[str, str]:
+def render_objects(
+    source: Path, store: Store, ids: list[str], settings: RenderSettings, workers: int
+) -> dict[str, str]:
     """Renders every object; returns the failures."""
     arguments = (str(source), settings.model_dump())
     return run_stage(

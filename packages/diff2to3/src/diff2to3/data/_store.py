@@ -38,7 +38,9 @@ class Store:
         """Rows of ``objects.csv``, those of one split if given."""
         table = self.root / "objects.csv"
         if not table.is_file():
-            raise ValueError(f"{self.root} is not a data set: {table.name} is missing; start with `diff2to3 data render`")
+            raise ValueError(
+                f"{self.root} is not a data set: {table.name} is missing; start with `diff2to3 data render`"
+            )
         with table.open(newline="") as file:
             return [row for row in csv.DictReader(file) if split is None or row["split"] == split]
 

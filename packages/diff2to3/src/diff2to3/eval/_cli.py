@@ -17,18 +17,30 @@ def evaluate() -> None:
 
 
 def _shared(function):
-    function = click.option("--pipeline", default=None, help="Name, directory or Hub id; default the embedded one.")(function)
-    function = click.option("--data", type=_FOLDER, required=True, help="Data set with stages render and voxels.")(function)
+    function = click.option("--pipeline", default=None, help="Name, directory or Hub id; default the embedded one.")(
+        function
+    )
+    function = click.option("--data", type=_FOLDER, required=True, help="Data set with stages render and voxels.")(
+        function
+    )
     function = click.option("--split", default="val", show_default=True)(function)
-    function = click.option("--limit", type=int, default=64, show_default=True, help="Objects, spread over the split.")(function)
+    function = click.option("--limit", type=int, default=64, show_default=True, help="Objects, spread over the split.")(
+        function
+    )
     function = click.option("--device", default=None)(function)
-    function = click.option("--lpips", type=click.Path(path_type=Path, exists=True), help="LPIPS-VGG weights (safetensors).")(function)
-    return click.option("--output", type=click.Path(path_type=Path), help="JSON with the figures of every object.")(function)
+    function = click.option(
+        "--lpips", type=click.Path(path_type=Path, exists=True), help="LPIPS-VGG weights (safetensors)."
+    )(function)
+    return click.option("--output", type=click.Path(path_type=Path), help="JSON with the figures of every object.")(
+        function
+    )
 
 
 @evaluate.command()
 @_shared
-@click.option("--views", type=int, default=32, show_default=True, help="Views encoded; the stored ones past them are scored.")
+@click.option(
+    "--views", type=int, default=32, show_default=True, help="Views encoded; the stored ones past them are scored."
+)
 @click.option("--visibility", type=click.Choice(["all", "depth"]), default="depth", show_default=True)
 def reconstruction(pipeline, data, split, limit, device, lpips, output, views, visibility) -> None:
     """2to3-VAE: encode from rendered views, decode, compare at unseen views."""
@@ -40,7 +52,13 @@ def reconstruction(pipeline, data, split, limit, device, lpips, output, views, v
     store, rows = _objects(data, split, limit)
     vae = pipeline_vae(loaded, pipeline)
     scores = evaluate_reconstruction(
-        loaded.feature_extractor, vae, store, rows, num_views=views, visibility=visibility, lpips=_lpips(lpips, loaded.device)  # type: ignore[arg-type]
+        loaded.feature_extractor,
+        vae,
+        store,
+        rows,
+        num_views=views,
+        visibility=visibility,
+        lpips=_lpips(lpips, loaded.device),  # type: ignore[arg-type]
     )
     _report(scores, output)
 

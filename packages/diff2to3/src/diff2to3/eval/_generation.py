@@ -52,7 +52,7 @@ def evaluate_generation(
     """
     renderer, inputs = MeshRenderer(), []
     for number, row in enumerate(rows):
-        inputs.append(_input(renderer, store, source, row["id"], view if view is not None else number % 16))
+        inputs.append(_input(renderer, store, source, row["id"], view if view is not None else number % 12))
     assets = []
     for start in track(range(0, len(inputs), _BATCH), "generation"):
         pictures = [Image.fromarray(item["frame"]) for item in inputs[start : start + _BATCH]]
@@ -73,7 +73,11 @@ def evaluate_generation(
         image = _picture(picture)
         found = asset.voxels.cpu()
         true = yaw_coords(item["coords"], turn, pipeline.structure.grid_size)
-        entry: dict[str, Any] = {"id": row["id"], "has_texture": row.get("has_texture", ""), "voxels": float(len(found))}
+        entry: dict[str, Any] = {
+            "id": row["id"],
+            "has_texture": row.get("has_texture", ""),
+            "voxels": float(len(found)),
+        }
         entry |= picture_scores(image, target, alpha, lpips)
         entry["silhouette iou"] = silhouette_iou(picture.alpha.permute(0, 3, 1, 2).cpu(), alpha).item()
         other = _picture(drawn[(number + 1) % len(drawn)][0])
@@ -104,7 +108,14 @@ def _input(renderer: MeshRenderer, store: Store, source: Path, object_id: str, v
     frames, _ = renderer.render(mesh, np.stack([pose, turned]), np.stack([intrinsics, intrinsics]), CONDITION_FRAME)
     coords = torch.from_numpy(store.read("voxels", object_id)["coords"].astype(np.int64))
     azimuth = float(rendered["condition_azimuth"][view])
-    return {"frame": frames[0], "turned": frames[1], "pose": pose, "intrinsics": intrinsics, "azimuth": azimuth, "coords": coords}
+    return {
+        "frame": frames[0],
+        "turned": frames[1],
+        "pose": pose,
+        "intrinsics": intrinsics,
+        "azimuth": azimuth,
+        "coords": coords,
+    }
 
 
 def _picture(output: Any) -> Tensor:

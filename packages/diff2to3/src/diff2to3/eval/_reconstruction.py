@@ -19,7 +19,12 @@ from diff2to3.eval._scores import on_white, picture_scores
 
 @torch.inference_mode()
 def reconstruct(
-    extractor: FluxFeatures, vae: SparseVAE, rendered: dict[str, np.ndarray], coords: Tensor, num_views: int, visibility: str
+    extractor: FluxFeatures,
+    vae: SparseVAE,
+    rendered: dict[str, np.ndarray],
+    coords: Tensor,
+    num_views: int,
+    visibility: str,
 ) -> Gaussians:
     """The object after encoding and decoding, from the first ``num_views`` of its stored views."""
     device = next(vae.parameters()).device
@@ -65,7 +70,10 @@ def evaluate_reconstruction(
         target, alpha = (x.to(device) for x in on_white(pictures))
         size = target.shape[-1]
         cameras = Camera(
-            torch.from_numpy(rendered["view_pose"][num_views:]), torch.from_numpy(rendered["view_intrinsics"][num_views:]), size, size
+            torch.from_numpy(rendered["view_pose"][num_views:]),
+            torch.from_numpy(rendered["view_intrinsics"][num_views:]),
+            size,
+            size,
         )
 
         def draw(asset: Gaussians, cameras: Camera = cameras) -> Tensor:

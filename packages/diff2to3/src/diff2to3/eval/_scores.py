@@ -11,7 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def on_white(rgba: np.ndarray | Tensor, size: int | None = None) -> tuple[Float[Tensor, "V 3 H W"], Float[Tensor, "V 1 H W"]]:
+def on_white(
+    rgba: np.ndarray | Tensor, size: int | None = None
+) -> tuple[Float[Tensor, "V 3 H W"], Float[Tensor, "V 1 H W"]]:
     """Straight-alpha uint8 pictures [V, H, W, 4] -> RGB on white and alpha in [0, 1], shrunk to ``size`` by area if given."""
     pictures = torch.as_tensor(np.asarray(rgba)).float().permute(0, 3, 1, 2) / 255
     alpha = pictures[:, 3:]

@@ -1,177 +1,267 @@
-"""What the stages read: every item is a whole batch, a function of (seed, step) alone."""
+"""What the stages read. A split is held in memory, on the device that trains, and every batch is gathered there.
+
+An object of 44 pictures at 256^2 takes 11.5 MB. Every batch is a function of (seed, step) alone.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from diff2to3.data._augment import mirror_cameras, snap_quarter_turns, turn_cameras
-from diff2to3.data._feature_stage import variant_coords
+from diff2to3._errors import InputError
+from diff2to3._progress import track
+from diff2to3.data._augment import yaw_matrix
 from diff2to3.data._store import Store, decode_png
 from diff2to3.train._config import TrainConfig
 
 Batch = dict[str, Any]
-_RAGGED = ("coords", "features", "latents")  # one row a voxel
+_MIRROR = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
 
 
-class ObjectBatches(Dataset[Batch]):
-    """Draws ``batch_size`` objects a step; subclasses say what they read of each, and which stage of the data that needs.
+class Ragged:
+    """Rows of many objects in one tensor: ``rows`` [..., sum L, C] with the voxels on the axis before the last."""
+
+    def __init__(self, parts: list[Tensor], device: torch.device) -> None:
+        self.lengths = torch.tensor([part.shape[-2] for part in parts])
+        self.starts = torch.cat([torch.zeros(1, dtype=torch.long), self.lengths.cumsum(0)])[:-1].to(device)
+        self.rows = torch.cat(parts, dim=-2).to(device)
+
+    def select(self, objects: Int[Tensor, " B"]) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+        """Which object of the batch each gathered row belongs to, and its place in ``rows``."""
+        lengths, device = self.lengths[objects], self.rows.device
+        total = int(lengths.sum())
+        starts = (lengths.cumsum(0) - lengths).to(device)
+        batch = torch.arange(len(objects), device=device).repeat_interleave(lengths.to(device), output_size=total)
+        return batch, torch.arange(total, device=device) - starts[batch] + self.starts[objects.to(device)][batch]
+
+
+class ObjectData:
+    """The objects of one split that a stage of the data has reached; loads on first use what a training stage asks for.
 
     Raises:
         LookupError: the split is empty.
     """
 
-    needs = "render"
-
-    def __init__(self, config: TrainConfig, split: str) -> None:
-        self.store = Store(Path(config.data))
+    def __init__(self, config: TrainConfig, split: str, needs: str, device: torch.device) -> None:
+        self.store, self.device, self.config = Store(Path(config.data)), device, config
         rows = self.store.objects(split)
-        self.ids = [row["id"] for row in rows if self.store.path(self.needs, row["id"]).is_file()][: config.max_objects]
+        self.ids = [row["id"] for row in rows if self.store.path(needs, row["id"]).is_file()][: config.max_objects]
         if not self.ids:
-            raise LookupError(f"{config.data}: split {split!r} has no object with stage {self.needs!r}")
-        self.config, self.split = config, split
+            raise LookupError(f"{config.data}: split {split!r} has no object with stage {needs!r}")
 
-    def __len__(self) -> int:
-        return self.config.steps
+    def draw(self, step: int) -> tuple[Int[Tensor, " B"], torch.Generator]:
+        """Objects of a step, and the generator of everything else that is random in its batch.
+
+        Whole passes over the split, each in its own order, so that every object is seen equally often.
+        """
+        size, count = self.config.batch_size, len(self.ids)
+        epochs = range(step * size // count, (step * size + size - 1) // count + 1)
+        orders = np.concatenate([np.random.default_rng([self.config.seed, e, 7]).permutation(count) for e in epochs])
+        first = step * size - epochs[0] * count
+        [state] = np.random.SeedSequence([self.config.seed, step]).generate_state(1, np.uint64)
+        return torch.from_numpy(orders[first : first + size]), torch.Generator().manual_seed(int(state) >> 1)
+
+    @cached_property
+    def coords(self) -> Ragged:
+        """Surface voxels, rows [sum L, 3] int32."""
+        return Ragged([torch.from_numpy(a.astype(np.int32)) for a in self._read("voxels", "coords")], self.device)
+
+    @cached_property
+    def features(self) -> Ragged:
+        """Lifted features, rows [K, sum L, C] fp16."""
+        return Ragged([torch.from_numpy(a) for a in self._read("features", "features")], self.device)
+
+    @cached_property
+    def latents(self) -> Ragged:
+        """2to3-VAE latents, rows [K, 4, sum L, C] fp16."""
+        return Ragged([torch.from_numpy(a) for a in self._read("latents", "latents")], self.device)
+
+    @cached_property
+    def variants(self) -> tuple[Float[Tensor, "n K"], Int[Tensor, "n K"]]:
+        """Hue in degrees and mirroring of every object's colour variants."""
+        hue = torch.from_numpy(np.stack(self._read("features", "hue")))
+        mirrored = torch.from_numpy(np.stack(self._read("features", "mirrored"))).long()
+        return hue.to(self.device), mirrored.to(self.device)
+
+    @cached_property
+    def views(self) -> Tensor:
+        """View pictures [n, V, 4, H, W] uint8."""
+        return self._pictures("view")
+
+    @cached_property
+    def conditions(self) -> Tensor:
+        """Condition crops [n, V, 4, H, W] uint8."""
+        return self._pictures("condition")
+
+    def table(self, name: str) -> Tensor:
+        """A small array of the render stage, stacked over the objects, cut to the views that all have."""
+        arrays = self._read("render", name)
+        count = min(map(len, arrays))
+        return torch.from_numpy(np.stack([a[:count] for a in arrays])).to(self.device)
+
+    def _read(self, stage: str, key: str) -> list[np.ndarray]:
+        from safetensors import safe_open
+
+        def read(object_id: str) -> np.ndarray:
+            with safe_open(self.store.path(stage, object_id), "numpy") as file:
+                return file.get_tensor(key)
+
+        return [read(object_id) for object_id in self.ids]
+
+    def _pictures(self, kind: str) -> Tensor:
+        bounds = self._read("render", f"{kind}_bounds")
+        count = min(len(b) for b in bounds) - 1
+        if count < 1:
+            raise InputError(f"{self.store.root}: no {kind} pictures were rendered")
+
+        def decode(index: int) -> np.ndarray:
+            png = self.store.read("render", self.ids[index])[f"{kind}_png"]
+            return np.stack([decode_png(png, bounds[index], v) for v in range(count)])
+
+        first = decode(0)
+        pictures = torch.empty(len(self.ids), *first.shape, dtype=torch.uint8, device=self.device)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # inflating a PNG releases the interpreter lock
+            decoded: Iterable[np.ndarray] = pool.map(decode, range(len(self.ids)))
+            for index, stack in enumerate(track(decoded, f"{kind} pictures", total=len(self.ids))):
+                pictures[index] = torch.from_numpy(stack).to(self.device, non_blocking=True)
+        return pictures.permute(0, 1, 4, 2, 3)
+
+
+def _integers(high: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(high, (count,), generator=generator)
+
+
+class PictureBatches:
+    """RGBA pictures ``image`` [B, 4, H, W] uint8: views and condition crops, half each."""
+
+    def __init__(self, data: ObjectData) -> None:
+        self.data = data
 
     def __getitem__(self, step: int) -> Batch:
-        rng = np.random.default_rng([self.config.seed, step, len(self.split)])
-        # Whole passes over the split, each in its own order, so that every object is seen equally often.
-        size, count = self.config.batch_size, len(self.ids)
-        places = range(step * size, step * size + size)
-        chosen = [self._order(place // count)[place % count] for place in places]
-        items = [self.item(self.ids[i], rng) for i in chosen]
-        batch = {key: _collate([item[key] for item in items], key in _RAGGED) for key in items[0]}
-        return batch | {"seed": int(rng.integers(2**62))}
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.config.seed, epoch, 7]).permutation(len(self.ids))
-
-    def item(self, object_id: str, rng: np.random.Generator) -> dict[str, Any]:
-        raise NotImplementedError("abstract: a stage says what it reads of an object")
-
-    def open(self, stage: str, object_id: str) -> Any:
-        """The safetensors file of an object, opened lazily."""
-        return safe_open(self.store.path(stage, object_id), "numpy")
-
-    def coords(self, object_id: str) -> Tensor:
-        """Surface voxels [L, 3] int64."""
-        with self.open("voxels", object_id) as file:
-            return torch.from_numpy(file.get_tensor("coords").astype(np.int64))
+        objects, generator = self.data.draw(step)
+        half = len(objects) // 2
+        parts = [
+            pictures[chosen, _integers(pictures.shape[1], len(chosen), generator)]
+            for pictures, chosen in ((self.data.views, objects[:half]), (self.data.conditions, objects[half:]))
+        ]
+        return {"image": torch.cat(parts), "seed": generator.initial_seed()}
 
 
-class PictureBatches(ObjectBatches):
-    """RGBA pictures ``image`` [B, 4, H, W] uint8: random views and condition crops."""
+class OccupancyBatches:
+    """Surface voxels ``coords`` [N, 4] int32 (object, x, y, z), at random quarter turns, mirrored half of the time."""
 
-    def item(self, object_id: str, rng: np.random.Generator) -> dict[str, Any]:
-        kind = "condition" if rng.random() < 0.5 else "view"
-        with self.open("render", object_id) as file:
-            return {"image": _picture(file, kind, int(rng.integers(len(file.get_tensor(f"{kind}_bounds")) - 1)))}
+    def __init__(self, data: ObjectData, grid_size: int) -> None:
+        self.data, self.grid_size = data, grid_size
 
-
-class OccupancyBatches(ObjectBatches):
-    """Surface voxels ``coords``, list of [L, 3], at a random quarter turn, mirrored half of the time."""
-
-    needs = "voxels"
-
-    def __init__(self, config: TrainConfig, split: str, grid_size: int) -> None:
-        super().__init__(config, split)
-        self.grid_size = grid_size
-
-    def item(self, object_id: str, rng: np.random.Generator) -> dict[str, Any]:
-        return {"coords": variant_coords(self.coords(object_id), bool(rng.integers(2)), int(rng.integers(4)), self.grid_size)}
+    def __getitem__(self, step: int) -> Batch:
+        objects, generator = self.data.draw(step)
+        turn, mirror = (_integers(n, len(objects), generator).to(self.data.device) for n in (4, 2))
+        batch, rows = self.data.coords.select(objects)
+        coords = place(self.data.coords.rows[rows], batch, mirror, turn, self.grid_size)
+        return {"coords": coords, "batch_size": len(objects), "seed": generator.initial_seed()}
 
 
-class ViewBatches(ObjectBatches):
-    """Lifted features with one view to compare a rendering with.
+class ViewBatches:
+    """Lifted features with one view each to compare a rendering with.
 
-    ``coords`` and ``features``: lists of [L, 3] and [L, C]; ``image`` [B, 4, H, W] uint8 RGBA; ``pose`` [B, 4, 4] and
-    ``intrinsics`` [B, 3, 3]; ``hue`` [B] degrees that the target is to be turned by.
+    ``coords`` [N, 4] and ``features`` [N, C]; ``image`` [B, 4, H, W] uint8 RGBA; ``pose`` [B, 4, 4], ``intrinsics``
+    [B, 3, 3]; ``hue`` [B] degrees that the target is to be turned by.
     """
 
-    needs = "features"
+    def __init__(self, data: ObjectData, grid_size: int) -> None:
+        self.data, self.grid_size = data, grid_size
+        self.pose, self.intrinsics = data.table("view_pose"), data.table("view_intrinsics")
 
-    def __init__(self, config: TrainConfig, split: str, grid_size: int) -> None:
-        super().__init__(config, split)
-        self.grid_size = grid_size
-
-    def item(self, object_id: str, rng: np.random.Generator) -> dict[str, Any]:
-        with self.open("features", object_id) as file:
-            hues, mirrors = file.get_tensor("hue"), file.get_tensor("mirrored")
-            variant = int(rng.integers(len(hues)))
-            features = torch.from_numpy(file.get_slice("features")[variant].astype(np.float32))
-        mirror, turn = bool(mirrors[variant]), int(rng.integers(4))
-        with self.open("render", object_id) as file:
-            poses = torch.from_numpy(file.get_tensor("view_pose"))
-            view = int(rng.integers(len(poses)))
-            image = _picture(file, "view", view)
-            intrinsics = torch.from_numpy(file.get_tensor("view_intrinsics")[view])
-        pose = poses[view : view + 1]
-        if mirror:
-            image, pose = image.flip(-1), mirror_cameras(pose)
+    def __getitem__(self, step: int) -> Batch:
+        data = self.data
+        objects, generator = data.draw(step)
+        count, chosen = len(objects), objects.to(data.device)
+        hues, mirrors = data.variants
+        turn = _integers(4, count, generator).to(data.device)
+        variant = _integers(hues.shape[1], count, generator).to(data.device)
+        view = _integers(data.views.shape[1], count, generator).to(data.device)
+        mirror = mirrors[chosen, variant]
+        batch, rows = data.coords.select(objects)
+        pose = self.pose[chosen, view]
+        flip = _MIRROR.to(pose)
+        pose = torch.where(mirror.bool()[:, None, None], flip @ pose @ flip, pose)
+        turns = torch.stack([yaw_matrix(k).mT for k in range(4)]).to(pose)
         return {
-            "coords": variant_coords(self.coords(object_id), mirror, turn, self.grid_size),
-            "features": features,
-            "image": image,
-            "pose": turn_cameras(pose, turn)[0],
-            "intrinsics": intrinsics,
-            "hue": torch.tensor(float(hues[variant])),
+            "coords": place(data.coords.rows[rows], batch, mirror, turn, self.grid_size),
+            "batch_size": count,
+            "features": data.features.rows[variant[batch], rows].float(),
+            "image": flip_where(data.views[chosen, view], mirror),
+            "pose": pose @ turns[turn],
+            "intrinsics": self.intrinsics[chosen, view],
+            "hue": hues[chosen, variant],
+            "seed": generator.initial_seed(),
         }
 
 
-class ConditionBatches(ObjectBatches):
+class ConditionBatches:
     """Condition crops with the voxels (and latents) in the frame the crop asks for.
 
-    ``condition`` [B, 4, H, W] uint8 RGBA, ``hue`` [B], ``coords`` list of [L, 3]; with ``latents`` also that list of [L, C].
+    ``condition`` [B, 4, H, W] uint8 RGBA, ``hue`` [B], ``coords`` [N, 4]; with ``latents`` also those, [N, C].
     """
 
-    def __init__(self, config: TrainConfig, split: str, grid_size: int, frame: str, latents: bool) -> None:
-        self.needs = "latents" if latents else "voxels"
-        super().__init__(config, split)
-        self.grid_size, self.frame, self.latents = grid_size, frame, latents
+    def __init__(self, data: ObjectData, grid_size: int, frame: str, latents: bool) -> None:
+        self.data, self.grid_size, self.frame, self.latents = data, grid_size, frame, latents
+        self.azimuth = data.table("condition_azimuth")
 
-    def item(self, object_id: str, rng: np.random.Generator) -> dict[str, Any]:
-        with self.open("render", object_id) as file:
-            azimuths = file.get_tensor("condition_azimuth")
-            view = int(rng.integers(len(azimuths)))
-            image = _picture(file, "condition", view)
-        mirror, hue, result = bool(rng.integers(2)), float(rng.uniform(0, 360)), {}
+    def __getitem__(self, step: int) -> Batch:
+        data = self.data
+        objects, generator = data.draw(step)
+        count, chosen = len(objects), objects.to(data.device)
+        view = _integers(data.conditions.shape[1], count, generator).to(data.device)
+        batch, rows = data.coords.select(objects)
         if self.latents:
-            with self.open("features", object_id) as file:
-                hues, mirrors = file.get_tensor("hue"), file.get_tensor("mirrored")
-            variant = int(rng.integers(len(hues)))
-            mirror, hue = bool(mirrors[variant]), float(hues[variant])
-        azimuth = -float(azimuths[view]) if mirror else float(azimuths[view])
-        turn = snap_quarter_turns(azimuth) if self.frame == "view-snapped" else 0
-        if self.latents:
-            with self.open("latents", object_id) as file:
-                latents = file.get_slice("latents")[variant : variant + 1, turn : turn + 1][0, 0]
-            result["latents"] = torch.from_numpy(latents.astype(np.float32))
-        return result | {
-            "condition": image.flip(-1) if mirror else image,
-            "hue": torch.tensor(hue),
-            "coords": variant_coords(self.coords(object_id), mirror, turn, self.grid_size),
+            hues, mirrors = data.variants
+            variant = _integers(hues.shape[1], count, generator).to(data.device)
+            hue, mirror = hues[chosen, variant], mirrors[chosen, variant]
+        else:
+            hue = (torch.rand(count, generator=generator) * 360).to(data.device)
+            mirror = _integers(2, count, generator).to(data.device)
+        azimuth = self.azimuth[chosen, view]
+        azimuth = torch.where(mirror.bool(), -azimuth, azimuth)
+        turn = (-(azimuth / 90).round().long()) % 4 if self.frame == "view-snapped" else torch.zeros_like(view)
+        result = {
+            "coords": place(data.coords.rows[rows], batch, mirror, turn, self.grid_size),
+            "batch_size": count,
+            "condition": flip_where(data.conditions[chosen, view], mirror),
+            "hue": hue,
+            "seed": generator.initial_seed(),
         }
+        if self.latents:
+            result["latents"] = data.latents.rows[variant[batch], turn[batch], rows].float()
+        return result
 
 
-def _picture(file: Any, kind: str, index: int) -> Tensor:
-    """RGBA picture ``index`` of an object, uint8 [4, H, W], without reading the others."""
-    bounds = file.get_tensor(f"{kind}_bounds")
-    data = file.get_slice(f"{kind}_png")[int(bounds[index]) : int(bounds[index + 1])]
-    return torch.from_numpy(decode_png(data, np.array([0, len(data)]), 0).copy()).permute(2, 0, 1)
+def place(
+    coords: Int[Tensor, "N 3"],
+    batch: Int[Tensor, " N"],
+    mirror: Int[Tensor, " B"],
+    turn: Int[Tensor, " B"],
+    grid_size: int,
+) -> Int[Tensor, "N 4"]:
+    """Rows (object, x, y, z) with each object mirrored in x where asked, then turned by its quarter turns."""
+    x, y, z = coords.unbind(1)
+    last = grid_size - 1
+    x = torch.where(mirror[batch].bool(), last - x, x)
+    quarter = turn[batch][None] == torch.arange(4, device=coords.device)[:, None]
+    new_x = (torch.stack([x, last - y, last - x, y]) * quarter).sum(0)
+    new_y = (torch.stack([y, x, last - y, last - x]) * quarter).sum(0)
+    return torch.stack([batch, new_x, new_y, z], 1).int()
 
 
-def _collate(values: list[Tensor], ragged: bool) -> Any:
-    """Stacks tensors of one shape; what varies from object to object becomes ``{rows, lengths}``."""
-    return {"rows": torch.cat(values), "lengths": [len(v) for v in values]} if ragged else torch.stack(values)
-
-
-def split_rows(ragged: dict[str, Any]) -> list[Tensor]:
-    """The list that :func:`_collate` joined."""
-    return list(ragged["rows"].split(ragged["lengths"]))
+def flip_where(pictures: Tensor, mirror: Int[Tensor, " B"]) -> Tensor:
+    """Pictures [B, C, H, W], left-right flipped where ``mirror`` is not zero."""
+    return torch.where(mirror.bool()[:, None, None, None], pictures.flip(-1), pictures)

@@ -50,7 +50,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder}: no usable model.safetensors ({error})") from error
 
 
-def save_state(folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
+def save_state(
+    folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]
+) -> None:
     """Writes a training checkpoint; the one before stays until this one is whole."""
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)

@@ -15,7 +15,9 @@ def train() -> None:
 def _command(name: str, help_text: str) -> None:
     @train.command(name, help=help_text)
     @click.argument("config", type=click.Path(path_type=Path))
-    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting (dotted keys, YAML values).")
+    @click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting (dotted keys, YAML values)."
+    )
     @click.option("--resume", is_flag=True, help="Continue from the run's last checkpoint.")
     def command(config: Path, overrides: tuple[str, ...], resume: bool) -> None:
         from diff2to3.train._config import load_config
@@ -38,11 +40,14 @@ _command("flow", "Stage 2: SMDiT over the 2to3-VAE's latents, conditioned on a p
 @click.argument("runs", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--name", default="tiny", show_default=True, help="Name of the pipeline.")
-@click.option("--threshold", type=float, default=0.0, show_default=True, help="Occupancy logit above which a voxel is active.")
+@click.option(
+    "--threshold", type=float, default=0.0, show_default=True, help="Occupancy logit above which a voxel is active."
+)
 @click.option("--structure-guidance", type=float, default=2.0, show_default=True, help="Default guidance of stage 1.")
 @click.option("--guidance", type=float, default=2.0, show_default=True, help="Default guidance of stage 2.")
 def assemble(runs: Path, out: Path, name: str, threshold: float, structure_guidance: float, guidance: float) -> None:
     """Put the trained stages under RUNS together into a pipeline directory OUT (fp16 weights, fp32 statistics)."""
     from diff2to3.train._assemble import assemble as run
 
-    run(runs, out, name, threshold, structure_guidance, guidance)
+    count = run(runs, out, name, threshold, structure_guidance, guidance)
+    click.echo(f"{out}: {count / 1e6:.2f} M parameters")

@@ -46,7 +46,6 @@ class TrainConfig(BaseModel):
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "bf16"
     device: str | None = None
-    num_workers: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1)
     validate_every: int = Field(default=500, ge=1)
     checkpoint_every: int = Field(default=2000, ge=1)

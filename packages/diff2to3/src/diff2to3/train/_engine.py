@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from pydantic import BaseModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from diff2to3.train._checkpoint import load_state, save_model, save_state
 from diff2to3.train._config import TrainConfig
@@ -21,14 +20,12 @@ Batch = dict[str, Any]
 
 
 class Batches(Protocol):
-    """A data set whose item ``step`` is the whole batch of that step, a function of (seed, step) alone.
+    """Item ``step`` is the whole batch of that step on the training device, a function of (seed, step) alone.
 
     That makes resuming trivial: the run continues with item ``step``.
     """
 
     def __getitem__(self, step: int) -> Batch: ...
-
-    def __len__(self) -> int: ...
 
 
 class Stage(nn.Module):
@@ -37,8 +34,8 @@ class Stage(nn.Module):
     model: nn.Module
     model_config: BaseModel
 
-    def batches(self, config: TrainConfig, split: str) -> Dataset[Batch]:
-        """The data of a split."""
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        """The data of a split; raises LookupError if that is empty."""
         raise NotImplementedError("abstract: a stage says what it trains on")
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -70,14 +67,20 @@ class Schedule:
 
 def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, float]:
     """Runs a stage to the end of its schedule and writes ``config.out/model``; returns the last logged figures."""
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=config.device == "cpu")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=config.device == "cpu"
+    )
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # picture and grid sizes stay the same for a whole run
     stage.to(accelerator.device)
     parameters = [p for p in stage.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=accelerator.device.type == "cuda"
+        parameters,
+        lr=config.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        fused=accelerator.device.type == "cuda",
     )
     average = torch.optim.swa_utils.AveragedModel(stage.model, multi_avg_fn=_ema(config.ema_decay), use_buffers=False)
     checkpoint = config.out / "checkpoint"
@@ -88,14 +91,19 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
         accelerator.print(f"resumed {checkpoint} at step {step}")
     wrapped, stepper = accelerator.prepare(stage, optimizer)
     schedule, log = Schedule(config), _Log(config.out, accelerator.is_main_process)
-    validation = _validation_batch(stage, config)
+    batches, validation = (
+        stage.batches(config, config.split, accelerator.device),
+        _validation_batch(stage, config, accelerator),
+    )
+    rank, ranks = accelerator.process_index, accelerator.num_processes
     started, figures = time.monotonic() - spent, {}
-    for batch in _loader(stage, config, step, accelerator):
+    while step < config.steps:
+        batch = batches[step * ranks + rank]
         seconds = time.monotonic() - started
         rate = schedule.learning_rate(step, seconds)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, values = wrapped(_to(batch, accelerator.device))
+        loss, values = wrapped(batch)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(parameters, config.gradient_clip)
         stepper.step()
@@ -104,9 +112,13 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
         step += 1
         done = schedule.progress(step, seconds) >= 1
         if step % config.log_every == 0 or step == 10 or done:
-            figures = {"loss": float(loss.detach()), "norm": float(norm)} | {k: float(v.detach()) for k, v in values.items()}
+            figures = {"loss": float(loss.detach()), "norm": float(norm)} | {
+                k: float(v.detach()) for k, v in values.items()
+            }
             if not math.isfinite(figures["loss"]):
-                raise RuntimeError(f"step {step}: the loss is {figures['loss']}; the last checkpoint is in {checkpoint}")
+                raise RuntimeError(
+                    f"step {step}: the loss is {figures['loss']}; the last checkpoint is in {checkpoint}"
+                )
             log(step, seconds, {"rate": rate} | figures)
         if validation is not None and (step % config.validate_every == 0 or done):
             figures |= _validate(stage, average, validation, config, accelerator)
@@ -133,50 +145,30 @@ def _ema(decay: float):
     return update
 
 
-def _loader(stage: Stage, config: TrainConfig, start: int, accelerator: Accelerator) -> DataLoader:
-    mine = range(
-        start * accelerator.num_processes + accelerator.process_index,
-        config.steps * accelerator.num_processes,
-        accelerator.num_processes,
-    )
-    return DataLoader(
-        stage.batches(config, config.split),
-        batch_size=None,
-        sampler=mine,
-        num_workers=config.num_workers,
-        prefetch_factor=4 if config.num_workers else None,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-
-
-def _validation_batch(stage: Stage, config: TrainConfig) -> Batch | None:
+def _validation_batch(stage: Stage, config: TrainConfig, accelerator: Accelerator) -> Batch | None:
     try:
-        return stage.batches(config, "val")[0]
+        return stage.batches(config, "val", accelerator.device)[0]
     except LookupError:  # a data set without a validation split
         return None
 
 
 @torch.no_grad()
 def _validate(
-    stage: Stage, average: torch.optim.swa_utils.AveragedModel, batch: Batch, config: TrainConfig, accelerator: Accelerator
+    stage: Stage,
+    average: torch.optim.swa_utils.AveragedModel,
+    batch: Batch,
+    config: TrainConfig,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """Figures of one fixed validation batch under the averaged weights; its seed makes the noise the same every time."""
     kept = stage.model
     stage.model, stage.training = average.module, False
     try:
         with accelerator.autocast():
-            loss, values = stage(_to(batch, accelerator.device))
+            loss, values = stage(batch)
     finally:
         stage.model, stage.training = kept, True
     return {f"val_{k}": float(v) for k, v in ({"loss": loss.detach()} | values).items()}
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {k: _to(v, device) for k, v in batch.items()}
-    return batch
 
 
 class _Log:

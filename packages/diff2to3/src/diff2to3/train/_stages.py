@@ -24,13 +24,12 @@ from sparse_vae import (
     kl_divergence,
 )
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from diff2to3.data._augment import hue_matrix, shift_hue
-from diff2to3.train._batches import ConditionBatches, OccupancyBatches, PictureBatches, ViewBatches, split_rows
+from diff2to3.train._batches import ConditionBatches, ObjectData, OccupancyBatches, PictureBatches, ViewBatches
 from diff2to3.train._checkpoint import read_config, read_weights
 from diff2to3.train._config import TrainConfig
-from diff2to3.train._engine import Batch, Stage
+from diff2to3.train._engine import Batch, Batches, Stage
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -87,11 +86,11 @@ class AutoencoderStage(_Base):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         self.model_config = build_config(FluxFeaturesConfig, config.model)
-        self.model = FluxFeatures(self.model_config)
+        self.model = FluxFeatures(self.model_config).to(memory_format=torch.channels_last)
         self.register_buffer("recent", torch.zeros(2, self.model_config.latent_channels))
 
-    def batches(self, config: TrainConfig, split: str) -> Dataset[Batch]:
-        return PictureBatches(config, split)
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        return PictureBatches(ObjectData(config, split, "render", device))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         generator = _generator(batch)
@@ -125,13 +124,14 @@ class VAEStage(_Base):
         self.model_config = build_config(SparseVAEConfig, config.model)
         self.model = SparseVAE(self.model_config)
 
-    def batches(self, config: TrainConfig, split: str) -> Dataset[Batch]:
-        return ViewBatches(config, split, self.model_config.grid_size)
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        return ViewBatches(ObjectData(config, split, "features", device), self.model_config.grid_size)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         generator = _generator(batch)
-        topology, order = Topology.from_coords(split_rows(batch["coords"]), self.model_config.grid_size)
-        objects, mean, logvar = self.model(SparseTensor(batch["features"]["rows"][order], topology), generator)
+        grid_size, count = self.model_config.grid_size, batch["batch_size"]
+        topology, order = Topology.from_coords(batch["coords"], grid_size, count)
+        objects, mean, logvar = self.model(SparseTensor(batch["features"][order], topology), generator)
         rgba = batch["image"].float() / 255
         ground = (torch.rand(len(rgba), 1, generator=generator, device=rgba.device) < 0.5).float().expand(-1, 3)
         target = _on(shift_hue(rgba[:, :3], hue_matrix(batch["hue"])), rgba[:, 3:], ground[..., None, None])
@@ -162,11 +162,11 @@ class StructureVAEStage(_Base):
         self.model = StructureVAE(self.model_config)
         self.register_buffer("recent", torch.zeros(2, self.model_config.latent_channels))
 
-    def batches(self, config: TrainConfig, split: str) -> Dataset[Batch]:
-        return OccupancyBatches(config, split, self.model_config.grid_size)
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        return OccupancyBatches(ObjectData(config, split, "voxels", device), self.model_config.grid_size)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        occupancy = dense_occupancy(batch["coords"], self.model_config.grid_size)
+        occupancy = dense_occupancy(batch, self.model_config.grid_size)
         mean, logvar = self.model.encode(occupancy)
         with torch.no_grad():
             moments = torch.stack([mean.float().mean((0, 2, 3, 4)), mean.float().square().mean((0, 2, 3, 4))])
@@ -222,12 +222,14 @@ class FlowStage(_FlowBase):
         self.register_buffer("mean", torch.tensor(vae.latent_mean))
         self.register_buffer("std", torch.tensor(vae.latent_std))
 
-    def batches(self, config: TrainConfig, split: str) -> Dataset[Batch]:
-        return ConditionBatches(config, split, self.model_config.grid_size, self.options.frame, latents=True)
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        data = ObjectData(config, split, "latents", device)
+        return ConditionBatches(data, self.model_config.grid_size, self.options.frame, latents=True)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        topology, order = Topology.from_coords(split_rows(batch["coords"]), self.model_config.grid_size)
-        latents = SparseTensor((batch["latents"]["rows"][order] - self.mean) / self.std, topology)
+        grid_size, count = self.model_config.grid_size, batch["batch_size"]
+        topology, order = Topology.from_coords(batch["coords"], grid_size, count)
+        latents = SparseTensor((batch["latents"][order] - self.mean) / self.std, topology)
         loss = flow_matching_loss(
             self.model,
             latents,
@@ -251,20 +253,24 @@ class StructureFlowStage(_FlowBase):
         folder = _part(config, "structure_vae")
         vae = read_config(folder, StructureVAEConfig)
         if vae.latent_mean is None or vae.latent_std is None:
-            raise ValueError(f"{folder}: latent statistics are missing; they are written by `diff2to3 train structure-vae`")
+            raise ValueError(
+                f"{folder}: latent statistics are missing; they are written by `diff2to3 train structure-vae`"
+            )
         self.vae = _frozen(StructureVAE(vae), folder)
         self.vae_grid = vae.grid_size
+        self._grids: dict[int, Topology] = {}
         self.register_buffer("mean", torch.tensor(vae.latent_mean).view(1, -1, 1, 1, 1))
         self.register_buffer("std", torch.tensor(vae.latent_std).view(1, -1, 1, 1, 1))
 
-    def batches(self, config: TrainConfig, split: str) -> Dataset[Batch]:
-        return ConditionBatches(config, split, self.vae_grid, self.options.frame, latents=False)
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        data = ObjectData(config, split, "voxels", device)
+        return ConditionBatches(data, self.vae_grid, self.options.frame, latents=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            mean, _ = self.vae.encode(dense_occupancy(batch["coords"], self.vae_grid))
+            mean, _ = self.vae.encode(dense_occupancy(batch, self.vae_grid))
             latents = (mean.float() - self.mean) / self.std
-        topology = Topology.full(len(latents), latents.shape[-1], device=latents.device)
+        topology = self._grid(len(latents), latents.shape[-1], latents.device)
         rows = latents.flatten(2).transpose(1, 2).reshape(-1, latents.shape[1])
         loss = flow_matching_loss(
             self.model,
@@ -276,6 +282,12 @@ class StructureFlowStage(_FlowBase):
         )
         return loss, {}
 
+    def _grid(self, batch_size: int, size: int, device: torch.device) -> Topology:
+        """One topology for all steps, so that packing and rotary tables are made once."""
+        if batch_size not in self._grids:
+            self._grids[batch_size] = Topology.full(batch_size, size, device)
+        return self._grids[batch_size]
+
 
 STAGES: dict[str, type[Stage]] = {
     "autoencoder": AutoencoderStage,
@@ -286,21 +298,18 @@ STAGES: dict[str, type[Stage]] = {
 }
 
 
-def dense_occupancy(coords: dict[str, Any], grid_size: int) -> Tensor:
+def dense_occupancy(batch: Batch, grid_size: int) -> Tensor:
     """Surface voxels of a batch -> occupancy [B, 1, N, N, N] float."""
-    device = coords["rows"].device
-    objects = torch.arange(len(coords["lengths"]), device=device)
-    batch = objects.repeat_interleave(torch.tensor(coords["lengths"], device=device), output_size=len(coords["rows"]))
-    occupancy = torch.zeros(len(coords["lengths"]), 1, grid_size, grid_size, grid_size, device=device)
-    x, y, z = coords["rows"].unbind(1)
-    occupancy[batch, 0, x, y, z] = 1.0
+    b, x, y, z = batch["coords"].long().unbind(1)
+    occupancy = torch.zeros(batch["batch_size"], 1, grid_size, grid_size, grid_size, device=b.device)
+    occupancy[b, 0, x, y, z] = 1.0
     return occupancy
 
 
 def _generator(batch: Batch, stream: int = 0) -> torch.Generator:
     """Randomness of a step: a function of the batch's seed alone, so that a resumed run repeats it."""
-    tensor = next(v if isinstance(v, Tensor) else v["rows"] for v in batch.values() if isinstance(v, Tensor | dict))
-    return torch.Generator(tensor.device).manual_seed(batch["seed"] + stream)
+    tensor = next(value for value in batch.values() if isinstance(value, Tensor))
+    return torch.Generator(tensor.device).manual_seed((batch["seed"] + stream) % 2**63)
 
 
 def _statistics(moments: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
