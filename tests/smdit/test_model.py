@@ -249,3 +249,17 @@ def test_forward_says_what_is_wrong(change, message, make_voxels):
     inputs.update({name: edit(inputs[name]) for name, edit in change.items()})
     with pytest.raises(ValueError, match=message):
         smdit()(**inputs)
+
+
+def test_blocks_compile_as_one_graph_each_with_gradients(make_voxels, awake):
+    x, t, condition = make_voxels([40, 30], 16), torch.rand(2), condition_of(2)
+    plain, compiled = awake(smdit()), smdit().eval()
+    compiled.load_state_dict(plain.state_dict())
+    for block in (*compiled.double_blocks, *compiled.single_blocks):
+        block.compile(backend="eager", fullgraph=True)
+    gradients = []
+    for model in (plain, compiled):
+        model(x, t, condition).features.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)

@@ -98,7 +98,6 @@ class EulerSampler:
                 callback(step.index + 1, self.steps)
         return x
 
-    @torch.no_grad()
     def trajectory(
         self,
         model: Velocity[State],
@@ -113,9 +112,10 @@ class EulerSampler:
         times = self.times()
         x = noise
         for index, (t, t_next) in enumerate(pairwise(times)):
-            velocity, at_start = self._velocity(field, x, t, t_next)
-            x0 = _replace(x, _features(x) - t * at_start)
-            x = _replace(x, _features(x) + (t_next - t) * velocity)
+            with torch.no_grad():
+                velocity, at_start = self._velocity(field, x, t, t_next)
+                x0 = _replace(x, _features(x) - t * at_start)
+                x = _replace(x, _features(x) + (t_next - t) * velocity)
             yield SamplingStep(index, t, t_next, x, x0)
 
     def _velocity(self, field: _GuidedVelocity, x: State, t: float, t_next: float) -> tuple[Tensor, Tensor]:
