@@ -143,22 +143,21 @@ def test_broken_pipeline_folders(ball, micro_pipeline, tmp_path):
 
 @pytest.fixture(scope="module")
 def made(micro_pipeline, tmp_path_factory):
-    """One real run with everything: two pictures, two samples, JSON."""
+    """One real run with every kind of file, two samples, JSON."""
     folder = tmp_path_factory.mktemp("made")
     for name, shape in (("ball", "ellipse"), ("box", "rectangle")):
         image = Image.new("RGB", (96, 80), (255, 255, 255))
         getattr(ImageDraw.Draw(image), shape)((20, 10, 70, 60), fill=(200, 30, 40))
         image.save(folder / f"{name}.png")
     options = ["--pipeline", micro_pipeline, "-o", folder / "out", "--samples", "2", "--seed", "7", "--json"]
-    return folder, diff2to3("generate", folder / "ball.png", folder / "box.png", *options)
+    return folder, diff2to3("generate", folder / "ball.png", *options)
 
 
 def test_everything_is_written(made):
     folder, result = made
     assert result.returncode == 0, result.stderr
-    expected = {
-        f"{n}-{s}.{suffix}" for n in ("ball", "box") for s in (0, 1) for suffix in ("ply", "png", "mp4", "html", "json")
-    }
+    suffixes = ("ply", "png", "mp4", "html", "json")
+    expected = {f"ball-{sample}.{suffix}" for sample in (0, 1) for suffix in suffixes}
     assert {path.name for path in (folder / "out").iterdir()} == expected
     assert "structure" in result.stderr  # progress
     import gs_render
@@ -174,7 +173,7 @@ def test_everything_is_written(made):
 def test_json_has_one_object_a_result(made):
     folder, result = made
     results = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [r["name"] for r in results] == ["ball-0", "ball-1", "box-0", "box-1"]
+    assert [r["name"] for r in results] == ["ball-0", "ball-1"]
     first = results[0]
     assert {"seed", "config", "weights", "versions", "timings", "files"} <= set(first)
     assert (first["seed"], first["sample"]) == (7, 0)
@@ -192,6 +191,25 @@ def test_from_manifest_makes_the_same_bytes_again(made):
     assert result.returncode == 0, result.stderr  # in a process of its own: nothing may hang on what ran before
     assert (folder / "again" / "ball.ply").read_bytes() == (folder / "out" / "ball-1.ply").read_bytes()
     assert "ball" in result.stdout
+
+
+def test_several_pictures_with_one_name(made, micro_pipeline, tmp_path):
+    folder, _ = made
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "ball.png").write_bytes((folder / "box.png").read_bytes())
+    options = ["--pipeline", micro_pipeline, "--format", "ply", "-o", tmp_path / "out", "--seed", "7"]
+    within("generate", folder / "ball.png", tmp_path / "other" / "ball.png", *options)
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == ["ball-2.json", "ball-2.ply", "ball.json", "ball.ply"]
+
+
+def test_several_views_of_one_object(made, micro_pipeline, tmp_path):
+    folder, _ = made
+    pictures = [folder / "ball.png", folder / "box.png"]
+    options = ["--pipeline", micro_pipeline, "--format", "ply,splat", "-o", tmp_path, "--multi-view", "--json"]
+    [line] = [line for line in within("generate", *pictures, *options).output.splitlines() if line.startswith("{")]
+    assert [Path(picture["path"]) for picture in json.loads(line)["pictures"]] == pictures
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ball.json", "ball.ply", "ball.splat"]
 
 
 def test_manifest_whose_picture_changed(made, tmp_path):

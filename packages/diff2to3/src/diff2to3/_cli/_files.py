@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +33,8 @@ def view(file: str, out: str | None, no_browser: bool) -> None:
 
     source = Path(file)
     if source.suffix.lower() == ".html":
-        page = _existing(source)
+        with _reading(source):
+            page = source
     else:
         gaussians = _load(source)
         page = Path(out) if out else Path(tempfile.mkdtemp(prefix="diff2to3-")) / f"{source.stem}.html"
@@ -73,22 +76,10 @@ def info(path: str, as_json: bool) -> None:
 
 
 def _splat_facts(path: Path) -> dict[str, Any]:
-    gaussians = _load(path)
-    facts: dict[str, Any] = {
-        "file": str(path),
-        "bytes": path.stat().st_size,
-        "gaussians": len(gaussians),
-        "sh_degree": gaussians.sh_degree,
-    }
-    if not len(gaussians):
-        return facts
-    return {
-        **facts,
-        "min": [round(v, 5) for v in gaussians.means.amin(0).tolist()],
-        "max": [round(v, 5) for v in gaussians.means.amax(0).tolist()],
-        "median_scale": round(float(gaussians.scales.median()), 6),
-        "mean_opacity": round(float(gaussians.opacities.mean()), 4),
-    }
+    with _reading(path):
+        import gs_render
+
+        return gs_render.describe(path)
 
 
 def _pipeline_facts(directory: Path) -> dict[str, Any]:
@@ -128,18 +119,20 @@ def _size(shape: list[int]) -> int:
     return total
 
 
-def _existing(path: Path) -> Path:
+def _load(path: Path, up: Up | None = None) -> Gaussians:
+    with _reading(path):
+        import gs_render
+
+        return gs_render.load(path, up=up)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with the user's file into an `InputError` that names it."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a splat file")
-    return path
-
-
-def _load(path: Path, up: Up | None = None) -> Gaussians:
-    _existing(path)
-    import gs_render
-
     try:
-        return gs_render.load(path, up=up)
+        yield
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         raise InputError(message if path.name in message else f"{path}: {message}") from error
