@@ -103,9 +103,7 @@ def test_clash_of_names(installed, micro_pipeline, ball, tmp_path):
     assert "acme-features 1.2.0 and other-features 0.1.0" in clash.stderr
     assert "'other-features:acme-dct'" in clash.stderr
     assert not (tmp_path / "out").exists()
-    code = (
-        "from diff2to3._plugins import registry as r; print(r().find('feature_extractor', '{}:acme-dct').spec.target)"
-    )
+    code = "from diff2to3._plugins import registry as r; print(r().find('feature_extractor', '{}:acme-dct').label)"
     for name, version in (("other-features", "0.1.0"), ("acme-features", "1.2.0")):
         command = [sys.executable, "-c", code.format(name)]
         chosen = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)

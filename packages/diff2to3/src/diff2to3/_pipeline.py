@@ -224,9 +224,8 @@ class Pipeline:
         """
         modules = {}
         for role, component in self.components.items():
-            spec = (
-                registry().find(role, self.config.roles[role].name).spec
-            )  # a directory can only name what is announced
+            # A directory names its components, so each must be one that somebody announces.
+            spec = registry().find(role, self.config.roles[role].name).spec
             if isinstance(component, nn.Module) and spec.weights == "pipeline":
                 modules[role] = component
         save_pipeline(directory, self.config, modules, dtype or self.dtype)
