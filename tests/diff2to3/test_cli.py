@@ -193,6 +193,25 @@ def test_from_manifest_makes_the_same_bytes_again(made):
     assert "ball" in result.stdout
 
 
+def test_results_stay_on_stdout_while_a_terminal_shows_progress():
+    pty = pytest.importorskip("pty")
+    terminal, side = pty.openpty()
+    code = (
+        "from diff2to3._cli._generate import _progress\n"
+        "with _progress() as bars, bars.step('work'):\n"
+        "    print('result')"
+    )
+    environment = {**ENVIRONMENT, "TERM": "xterm"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=side, env=environment, text=True
+    )
+    os.close(side)
+    shown = os.read(terminal, 100_000)
+    os.close(terminal)
+    assert result.stdout == "result\n"
+    assert b"result" not in shown
+
+
 def test_several_pictures_with_one_name(made, micro_pipeline, tmp_path):
     folder, _ = made
     (tmp_path / "other").mkdir()

@@ -286,7 +286,8 @@ def _progress() -> Iterator[_Bars]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    progress = Progress(*columns, console=Console(stderr=True))
+    # stdout carries results and may be a pipe while stderr is a terminal: rich must not take it over
+    progress = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
     progress.start()
     try:
         yield _Bars(progress)
