@@ -166,6 +166,30 @@ def test_guidance_acts_inside_its_interval_only_ends_included(make_voxels):
     assert model.calls == [(1.0, 2), (0.75, 4), (0.5, 4), (0.25, 2)]
 
 
+def test_multistep_does_not_extrapolate_across_the_end_of_guidance():
+    def model(x, t, condition):
+        return condition.expand_as(x)
+
+    noise, condition, null = torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1, 1)
+    options = {"steps": 4, "guidance": 3.0, "interval": (0.6, 1.0)}
+    out = MultistepSampler(**options).sample(model, noise, condition, null)
+    # Both velocities are constant in time, 4 under guidance and 1 without, so Euler is exact.
+    torch.testing.assert_close(out, EulerSampler(**options).sample(model, noise, condition, null))
+    torch.testing.assert_close(out, torch.full((1, 1), -(4 * 0.5 + 1 * 0.5)))
+
+
+def test_states_are_float32_whatever_the_model():
+    seen = []
+
+    def model(x, t, condition):
+        seen.append(x.dtype)
+        return condition.bfloat16().expand_as(x)
+
+    out = EulerSampler(steps=100, guidance=0.0).sample(model, torch.zeros(1, 1).bfloat16(), torch.ones(1, 1))
+    assert set(seen) == {torch.float32}
+    torch.testing.assert_close(out, torch.full((1, 1), -1.0))
+
+
 def test_no_guidance_costs_no_second_branch():
     model = Recorder()
     EulerSampler(steps=2, guidance=0.0).sample(model, torch.zeros(1, 1), torch.ones(1, 1))

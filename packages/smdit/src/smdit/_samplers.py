@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Generic
+from typing import Generic, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -110,7 +110,8 @@ class EulerSampler:
             raise ValueError(f"condition has {len(condition)} rows for {_batch_size(noise)} objects")
         field = _GuidedVelocity(self, model, condition, torch.zeros_like(condition) if null is None else null)
         times = self.times()
-        x = noise
+        wide = torch.promote_types(_features(noise).dtype, torch.float32)
+        x = _replace(noise, _features(noise).to(wide))  # steps can be smaller than half precision resolves
         for index, (t, t_next) in enumerate(pairwise(times)):
             with torch.no_grad():
                 velocity, at_start = self._velocity(field, x, t, t_next)
@@ -144,16 +145,16 @@ class MultistepSampler(EulerSampler):
     """Adams-Bashforth of second order for unequal steps: one model call a step, as Euler, but the error falls as
     1 / steps^2.
 
-    The velocity is extrapolated to the middle of the step from its last two values. The first step is an Euler step.
+    The velocity is extrapolated to the middle of the step from its last two values. Where there is no such pair, at the
+    first step and where guidance sets in or ends and the velocity jumps, the step is Euler's.
     """
 
     def _velocity(self, field: _GuidedVelocity, x: State, t: float, t_next: float) -> tuple[Tensor, Tensor]:
         before = field.last
         velocity = field(x, t)
-        if before is None:
+        if before is None or before.guided != field.guides(t):
             return velocity, velocity
-        t_before, velocity_before = before
-        slope = (velocity - velocity_before) / (t - t_before)
+        slope = (velocity - before.velocity) / (t - before.t)
         return velocity + slope * (t_next - t) / 2, velocity
 
 
@@ -166,22 +167,32 @@ def make_sampler(config: SamplerConfig) -> EulerSampler:
     return _SAMPLERS[options.pop("method")](**options)
 
 
+class _Value(NamedTuple):
+    t: float
+    velocity: Tensor
+    guided: bool
+
+
 class _GuidedVelocity:
-    """The velocity field of one sampling run: model, condition and guidance. `last` is its last (time, value)."""
+    """The velocity field of one sampling run: model, condition and guidance. It remembers its `last` value."""
 
     def __init__(self, options: EulerSampler, model: Velocity, condition: Tensor, null: Tensor) -> None:
         self.options, self.model, self.condition = options, model, condition
         self.both = torch.cat([condition, null.expand_as(condition)]) if options.guidance != 0 else condition
-        self.last: tuple[float, Tensor] | None = None
+        self.last: _Value | None = None
+
+    def guides(self, t: float) -> bool:
+        """Whether guidance acts at time `t`."""
+        low, high = self.options.interval
+        return self.options.guidance != 0 and low <= t <= high
 
     def __call__(self, x: State, t: float) -> Tensor:
-        low, high = self.options.interval
-        if self.options.guidance != 0 and low <= t <= high:
-            velocity = self._guided(x, t)
-        else:
-            velocity = _features(self.model(x, self._time(x, t), self.condition)).to(_features(x).dtype)
-        self.last = t, velocity
+        velocity = self._guided(x, t) if self.guides(t) else self._conditional(x, t)
+        self.last = _Value(t, velocity, self.guides(t))
         return velocity
+
+    def _conditional(self, x: State, t: float) -> Tensor:
+        return _features(self.model(x, self._time(x, t), self.condition)).to(_features(x).dtype)
 
     def _guided(self, x: State, t: float) -> Tensor:
         twice = _twice(x)
