@@ -75,6 +75,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def seeded_models():
+    """Models draw their first weights from the global generator: every test starts it anew."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def make_voxels():
     return random_voxels
