@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from gs_render import Camera, Gaussians, RenderOutput, backend_status, render, render_batch, use_backend
-from gs_render._project import project, scaled_axes
+from gs_render._project import project
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +52,7 @@ def knife_edge(scene, camera, options) -> torch.Tensor:
     size = (camera.width, camera.height)
     pose, intrinsics = double.world_to_camera[0], double.intrinsics[0]
     wide = scene.to(dtype=torch.float64)
-    seen = project(wide, scaled_axes(wide), pose, intrinsics, size, options["filter_2d"], options["antialias"])
+    seen = project(wide, pose, intrinsics, size, options["filter_2d"], options["antialias"])
     order = torch.argsort(seen.features[:, 3], stable=True)
     x, y = torch.arange(size[0]) + 0.5, torch.arange(size[1])[:, None] + 0.5
     edge = torch.zeros(size[1], size[0], dtype=torch.bool)

@@ -19,6 +19,8 @@ from gs_render._sh import evaluate_sh
 NEAR = 0.01  # nearer than this in front of the camera a Gaussian is not drawn
 MIN_ALPHA = 1 / 255  # contributions below are dropped: they would not change an 8-bit picture
 MAX_ALPHA = 0.999  # keeps the transmittance positive
+CLAMP_MARGIN = 0.15  # of the image side; the Jacobian is not evaluated farther outside
+MIN_COMPENSATION = 1e-12  # keeps the root of the compensation differentiable at flat Gaussians
 MIN_TRANSMITTANCE = 1e-4  # a pixel stops before the Gaussian that would bring it down to this
 
 
@@ -34,21 +36,16 @@ class Projected:
     visible: Bool[Tensor, n]
 
 
-def scaled_axes(gaussians: Gaussians) -> Float[Tensor, "n 3 3"]:
-    """[N, 3, 3] rotation times scale: columns are the half axes in the world. The same for every camera."""
-    return quaternion_to_matrix(gaussians.quaternions) * gaussians.scales[:, None, :]
-
-
 def project(
     gaussians: Gaussians,
-    axes: Float[Tensor, "n 3 3"],
     pose: Float[Tensor, "4 4"],
     intrinsics: Float[Tensor, "3 3"],
     size: tuple[int, int],
     filter_2d: float,
     antialias: bool,
 ) -> Projected:
-    """Project for one camera; `axes` comes from `scaled_axes`, `size` is (width, height)."""
+    """Project for one camera; `size` is (width, height)."""
+    axes = quaternion_to_matrix(gaussians.quaternions) * gaussians.scales[:, None, :]
     rotation, translation = pose[:3, :3], pose[:3, 3]
     local = gaussians.means @ rotation.mT + translation
     z = local[:, 2]
@@ -67,8 +64,8 @@ def project(
     safe_area = torch.where(drawable, blurred_area, torch.ones_like(area))
     opacities = gaussians.opacities
     if antialias:
-        # Mip-Splatting: the blur must not add energy. The floor keeps the root differentiable at flat Gaussians.
-        opacities = opacities * (area / safe_area).clamp_min(1e-12).sqrt()
+        # Mip-Splatting: the blur must not add energy.
+        opacities = opacities * (area / safe_area).clamp_min(MIN_COMPENSATION).sqrt()
     conics = torch.stack([yy + filter_2d, -xy, xx + filter_2d], dim=-1) / safe_area[:, None]
 
     with torch.no_grad():
@@ -78,9 +75,14 @@ def project(
         inside = ((means + reach > 0) & (means - reach < bounds)).all(dim=-1)
         visible = drawable & inside & (opacities >= MIN_ALPHA)
 
-    camera_position = -(rotation.mT @ translation)
+    return Projected(means, conics, opacities, features(gaussians, pose, z), reach, visible)
+
+
+def features(gaussians: Gaussians, pose: Float[Tensor, "4 4"], depths: Float[Tensor, n]) -> Float[Tensor, "n 4"]:
+    """[N, 4] what is blended: the colour that this camera sees, and the depth."""
+    camera_position = -(pose[:3, :3].mT @ pose[:3, 3])
     colors = evaluate_sh(gaussians.sh, gaussians.means - camera_position)
-    return Projected(means, conics, opacities, torch.cat([colors, z[:, None]], dim=-1), reach, visible)
+    return torch.cat([colors, depths[:, None]], dim=-1)
 
 
 def _image_axes(
@@ -95,8 +97,8 @@ def _image_axes(
 ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
     """Rows of Jacobian x rotation x axes: a [N, 3] for x and for y, so that covariance = (a.a, a.b, b.b)."""
     bounds = ratio.new_tensor(size)
-    # The linearisation explodes far outside of the picture: stop 15 % of the image side beyond the border.
-    margin = 0.15 * bounds / focal
+    # The linearisation explodes far outside of the picture.
+    margin = CLAMP_MARGIN * bounds / focal
     clamped = torch.minimum(torch.maximum(ratio, -centre / focal - margin), (bounds - centre) / focal + margin)
     per_z = focal / torch.where(in_front, z, torch.ones_like(z))[:, None]
     rows = []

@@ -16,7 +16,6 @@ from torch import Tensor
 from gs_render._backends import gsplat as _gsplat
 from gs_render._camera import Camera
 from gs_render._gaussians import Gaussians
-from gs_render._project import project, scaled_axes
 
 Backend = Literal["auto", "gsplat", "cpu", "torch"]
 BACKENDS: tuple[str, ...] = ("gsplat", "cpu", "torch")
@@ -101,12 +100,11 @@ def render(
         poses, intrinsics = cameras.world_to_camera, cameras.intrinsics
         image, alpha = _gsplat.rasterize(gaussians, poses, intrinsics, ground, size, filter_2d, antialias)
         return RenderOutput(image[..., :3], alpha, image[..., 3:])
-    rasterize = _module("torch" if name == "gsplat" else name).rasterize
-    axes = scaled_axes(gaussians)
+    module = _module("torch" if name == "gsplat" else name)
     sums, alphas = [], []
     for pose, intrinsics in zip(cameras.world_to_camera, cameras.intrinsics, strict=True):
-        seen = project(gaussians, axes, pose, intrinsics, size, filter_2d, antialias)
-        image, alpha = rasterize(seen, *size)
+        seen = module.project(gaussians, pose, intrinsics, size, filter_2d, antialias)
+        image, alpha = module.rasterize(seen, *size)
         sums.append(image)
         alphas.append(alpha)
     if not sums:

@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gs_render import _project
+from gs_render._gaussians import Gaussians
 from gs_render._project import Projected
 
+_ROWS_PER_THREAD = 10_000
 _CHUNKS_PER_THREAD = 8  # tiles differ much in cost: small shares keep every thread busy to the end
 
 
@@ -24,6 +27,50 @@ def is_available() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed: pip install 'gs-render[cpu]'"
     return None
+
+
+def project(
+    gaussians: Gaussians, pose: Tensor, intrinsics: Tensor, size: tuple[int, int], filter_2d: float, antialias: bool
+) -> Projected:
+    """As `gs_render._project.project`, compiled; float32 on the host. Other tensors take the plain way."""
+    if gaussians.dtype != torch.float32 or gaussians.device.type != "cpu" or intrinsics.requires_grad:
+        return _project.project(gaussians, pose, intrinsics, size, filter_2d, antialias)
+    options = (*size, np.float32(filter_2d), antialias)
+    fields = (gaussians.means, gaussians.scales, gaussians.quaternions, gaussians.opacities)
+    centres, conics, opacities, depths, reach, visible = _Project.apply(*fields, pose, intrinsics, options)
+    return Projected(centres, conics, opacities, _project.features(gaussians, pose, depths), reach, visible)
+
+
+class _Project(torch.autograd.Function):
+    """Projection with a hand-written gradient (see `_cpu_projection`)."""
+
+    @staticmethod
+    def forward(ctx, means, scales, quaternions, opacities, pose, intrinsics, options):  # type: ignore[override]
+        count = len(means)
+        inputs = tuple(_numpy(value) for value in (means, scales, quaternions, opacities))
+        camera = (_numpy(pose), _numpy(intrinsics))
+        shapes = ((count, 2), (count, 3), (count,), (count,), (count, 2))
+        outputs = (*(np.empty(shape, np.float32) for shape in shapes), np.empty(count, np.bool_))
+        _over_rows(_projection().project_rows, count, inputs, *camera, options, outputs)
+        ctx.work = (inputs, camera, options, outputs[-1])
+        tensors = [torch.from_numpy(output) for output in outputs]
+        ctx.mark_non_differentiable(*tensors[4:])
+        return tuple(tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream):  # type: ignore[override]
+        inputs, camera, options, visible = ctx.work
+        gradients = tuple(np.zeros_like(value) for value in inputs)
+        arrays = tuple(_numpy(value) for value in upstream[:4])
+        kernel = _projection().project_rows_backward
+        pose_gradient = _over_rows(
+            functools.partial(_with_pose, kernel),
+            len(visible), inputs, *camera, options, visible, arrays, gradients,
+        )  # fmt: skip
+        total = np.zeros((4, 4), np.float32)
+        total[:3] = sum(pose_gradient)
+        return (*map(torch.from_numpy, gradients), torch.from_numpy(total), None, None)
 
 
 def rasterize(projected: Projected, width: int, height: int) -> tuple[Tensor, Tensor]:
@@ -92,6 +139,24 @@ def _over_tiles(kernel: Callable[..., None], offsets: np.ndarray, *arguments) ->
         job.result()
 
 
+def _over_rows(kernel: Callable, count: int, *arguments) -> list:
+    """Results of `kernel(first, last, *arguments)` over `count` rows, in order, on several threads if that pays."""
+    threads = min(torch.get_num_threads(), 1 + count // _ROWS_PER_THREAD)
+    edges = np.linspace(0, count, threads + 1).astype(int).tolist()
+    if threads == 1:
+        return [kernel(0, count, *arguments)]
+    pool = _pool(os.getpid(), torch.get_num_threads())
+    jobs = [pool.submit(kernel, first, last, *arguments) for first, last in itertools.pairwise(edges)]
+    return [job.result() for job in jobs]
+
+
+def _with_pose(kernel: Callable[..., None], *arguments) -> np.ndarray:
+    """Run one range of the backward projection with a pose gradient of its own."""
+    pose_gradient = np.zeros((3, 4))
+    kernel(*arguments, pose_gradient)
+    return pose_gradient
+
+
 @functools.lru_cache(maxsize=2)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Lazy, and keyed by the process: a forked child must not wait for threads that exist only in its parent."""
@@ -103,6 +168,13 @@ def _kernels() -> ModuleType:
     from gs_render._backends import _cpu_kernels
 
     return _cpu_kernels
+
+
+@functools.cache
+def _projection() -> ModuleType:
+    from gs_render._backends import _cpu_projection
+
+    return _cpu_projection
 
 
 def _numpy(value: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gs_render._project import MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE, Projected
+from gs_render._project import project as project
 
 _TILE = 16
 
