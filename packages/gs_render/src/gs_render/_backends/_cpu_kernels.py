@@ -256,9 +256,30 @@ def blend_tiles_backward(first_tile, last_tile, tiles_x, offsets, hits, table, i
 
 @nb.njit(**_OPTIONS)
 @no_type_check
-def sum_hits(hits, gradients, ids, out):
-    """Add the rows of all hits of a Gaussian, in the order of tiles, into out [N, 10]."""
-    for h in range(hits.size):
-        target = out[ids[hits[h]]]
-        for k in range(NUM_GRADIENTS):
-            target[k] += gradients[h, k]
+def hits_of_each(boxes, offsets, total, tiles_x):
+    """For every Gaussian where its hits stand: (starts [M + 1], positions in `hits` [total])."""
+    starts = np.zeros(boxes.shape[0] + 1, np.int64)
+    positions = np.empty(total, np.int32)
+    cursor = offsets[:-1].copy()
+    count = 0
+    for i in range(boxes.shape[0]):
+        for row in range(boxes[i, 2], boxes[i, 3]):
+            for column in range(boxes[i, 0], boxes[i, 1]):
+                tile = row * tiles_x + column
+                positions[count] = cursor[tile]
+                cursor[tile] += 1
+                count += 1
+        starts[i + 1] = count
+    return starts, positions
+
+
+@nb.njit(**_OPTIONS)
+@no_type_check
+def sum_hits(first, last, starts, positions, gradients, ids, out):
+    """Add the gradient rows of all hits of Gaussians [first, last), in the order of tiles, into out [N, 10]."""
+    for i in range(first, last):
+        target = out[ids[i]]
+        for n in range(starts[i], starts[i + 1]):
+            row = gradients[positions[n]]
+            for k in range(NUM_GRADIENTS):
+                target[k] += row[k]

@@ -99,7 +99,7 @@ class _Blend(torch.autograd.Function):
         image = np.empty((kernels.CHANNELS, tiles_y * kernels.TILE, tiles_x * kernels.TILE), np.float32)
         transmittance = np.empty(image.shape[1:], np.float32)
         _over_tiles(kernels.blend_tiles, offsets, tiles_x, offsets, hits, table, image, transmittance)
-        ctx.work = (ids, offsets, hits, table, image, transmittance, tiles_x, means.shape[0])
+        ctx.work = (ids, boxes, offsets, hits, table, image, transmittance, tiles_x, means.shape[0])
         color = torch.from_numpy(image)[:, :height, :width].permute(1, 2, 0)
         return color, 1 - torch.from_numpy(transmittance)[:height, :width]
 
@@ -107,7 +107,7 @@ class _Blend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, image_gradient, alpha_gradient):  # type: ignore[override]
         kernels = _kernels()
-        ids, offsets, hits, table, image, transmittance, tiles_x, count = ctx.work
+        ids, boxes, offsets, hits, table, image, transmittance, tiles_x, count = ctx.work
         height, width = alpha_gradient.shape
         padded = np.zeros_like(image)
         padded[:, :height, :width] = image_gradient.permute(2, 0, 1).numpy()
@@ -116,7 +116,8 @@ class _Blend(torch.autograd.Function):
         per_hit = np.empty((hits.size, kernels.NUM_GRADIENTS), np.float32)
         _over_tiles(kernels.blend_tiles_backward, offsets, tiles_x, offsets, hits, table, padded, remaining, per_hit)
         out = np.zeros((count, kernels.NUM_GRADIENTS), np.float32)
-        kernels.sum_hits(hits, per_hit, ids, out)
+        starts, positions = kernels.hits_of_each(boxes, offsets, hits.size, tiles_x)
+        _over_rows(kernels.sum_hits, ids.size, starts, positions, per_hit, ids, out)
         means, conics, opacities, features = torch.from_numpy(out).split([2, 3, 1, 4], dim=1)
         return means, conics, opacities[:, 0], features, None, None, None
 
