@@ -49,8 +49,9 @@ def leaves(gaussians: Gaussians, dtype: torch.dtype = torch.float32, device: str
 
 
 def best_of(call: Callable[[], object], repeats: int) -> float:
-    """Shortest wall time in seconds, after one warm-up."""
-    call()
+    """Shortest wall time in seconds; after one warm-up, unless one call is all there is."""
+    if repeats > 1:
+        call()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

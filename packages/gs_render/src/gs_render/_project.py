@@ -80,8 +80,8 @@ def project(
 
 def features(gaussians: Gaussians, pose: Float[Tensor, "4 4"], depths: Float[Tensor, n]) -> Float[Tensor, "n 4"]:
     """[N, 4] what is blended: the colour that this camera sees, and the depth."""
-    # Not -R^T t: the general inverse is what gsplat differentiates, and the two gradients differ where a step would leave
-    # the rigid motions.
+    # Not -R^T t: the general inverse is what gsplat differentiates, and the two gradients differ where a step would
+    # leave the rigid motions.
     camera_position = torch.linalg.inv(pose)[:3, 3]
     colors = evaluate_sh(gaussians.sh, gaussians.means - camera_position)
     return torch.cat([colors, depths[:, None]], dim=-1)
