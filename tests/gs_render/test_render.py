@@ -1,6 +1,7 @@
 """The CPU backend against the plain PyTorch oracle, and the cases in which splatting goes wrong."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -228,3 +229,33 @@ def test_any_image_size(make_gaussians, size):
     fast, slow = render(scene, camera, backend="cpu"), render(scene, camera, backend="torch")
     assert fast.color.shape == (1, size[1], size[0], 3)
     assert (fast.color - slow.color).abs().max() < 1e-4
+
+
+def test_a_forked_child_can_render(make_gaussians):
+    """Data loaders fork after the parent has drawn; threads of the parent do not exist in the child.
+
+    The picture is small enough for PyTorch to use no OpenMP of its own, which would not survive the fork.
+    """
+    scene, camera = make_gaussians(1000), Camera.orbit(1, size=64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    expected = render(scene, camera, backend="cpu").color
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(2)
+        same = torch.equal(render(scene, camera, backend="cpu").color, expected)
+        os._exit(0 if same else 1)
+    torch.set_num_threads(before)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_gradients_do_not_depend_on_threads(make_gaussians, leaves):
+    camera, gradients = Camera.orbit(1, size=96), []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        scene = leaves(make_gaussians(500, degree=1))
+        objective(render(scene, camera, backend="cpu")).backward()
+        gradients.append(scene.means.grad)
+    torch.set_num_threads(before)
+    assert torch.equal(*gradients)

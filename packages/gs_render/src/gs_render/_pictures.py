@@ -129,11 +129,11 @@ def _frames(
 
 def _write_mp4(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int], frames_per_second: int) -> None:
     if size[0] % 2 or size[1] % 2:
-        raise ValueError(f"{path}: H.264 needs an even width and height, got {size[0]} x {size[1]}")
+        raise ValueError(f"H.264 needs an even width and height, got {size[0]} x {size[1]}")
     try:
         import av
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path}: writing .mp4 needs PyAV: pip install 'gs-render[cpu]'") from error
+        raise ModuleNotFoundError("writing .mp4 needs PyAV: pip install 'gs-render[cpu]'") from error
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container, ThreadPoolExecutor(1) as encoder:
         stream = container.add_stream("libx264", rate=frames_per_second, options={"crf": "18", "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = size[0], size[1], "yuv420p"

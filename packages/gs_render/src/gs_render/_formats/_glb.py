@@ -186,6 +186,9 @@ def _read_primitive(
     degree = {1: 0, 4: 1, 9: 2, 16: 3}.get(len(bands))
     if degree is None:
         raise ValueError(f"{path}: {len(bands)} attributes SH_DEGREE_*; expected 1, 4, 9 or 16")
+    sizes = {name: document["accessors"][index]["count"] for name, index in attributes.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{path}: attributes of different lengths: {sizes}")
     sh = [column(f"{_EXTENSION}:SH_DEGREE_{band}_COEF_{order}", "VEC3") for band, order in _coefficients(degree)]
     gaussians = Gaussians(
         column("POSITION", "VEC3"),

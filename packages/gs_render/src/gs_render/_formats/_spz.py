@@ -59,7 +59,7 @@ def write(gaussians: Gaussians, path: Path) -> None:
     count, means = len(gaussians), gaussians.means.numpy().astype(np.float64)
     extent = float(np.abs(means).max()) if count else 0.0
     if extent >= 1 << 22:
-        raise ValueError(f"{path}: .spz keeps positions up to 2^22 world units, got {extent:.4g}")
+        raise ValueError(f".spz keeps positions up to 2^22 world units, got {extent:.4g}")
     fraction = min(_MAX_FRACTION_BITS, 22 - int(np.ceil(np.log2(max(extent, 1.0) + 1e-9))))
     fixed = np.rint(means * (1 << fraction)).astype(np.int64) & 0xFFFFFF
     sh = gaussians.sh.numpy()
