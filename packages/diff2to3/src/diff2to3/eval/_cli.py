@@ -38,27 +38,24 @@ def _shared(function):
 
 @evaluate.command()
 @_shared
+@click.option("--extractor", type=_FOLDER, help="Model folder of `train autoencoder`, instead of a pipeline's.")
+@click.option("--vae", type=_FOLDER, help="Model folder of `train vae`, instead of a pipeline's.")
 @click.option(
     "--views", type=int, default=32, show_default=True, help="Views encoded; the stored ones past them are scored."
 )
 @click.option("--visibility", type=click.Choice(["all", "depth"]), default="depth", show_default=True)
-def reconstruction(pipeline, data, split, limit, device, lpips, output, views, visibility) -> None:
+def reconstruction(pipeline, data, split, limit, device, lpips, output, extractor, vae, views, visibility) -> None:
     """2to3-VAE: encode from rendered views, decode, compare at unseen views."""
-    from diff2to3._pipeline import Pipeline
     from diff2to3.eval._reconstruction import evaluate_reconstruction
-    from diff2to3.eval._vae import pipeline_vae
+    from diff2to3.eval._vae import pipeline_models, trained_models
 
-    loaded = Pipeline.from_pretrained(pipeline, device=device)
+    if (extractor is None) != (vae is None):
+        raise click.UsageError("--extractor and --vae go together: give both, or neither for the models of a pipeline")
+    models = trained_models(extractor, vae, device) if vae else pipeline_models(pipeline, device)
     store, rows = _objects(data, split, limit)
-    vae = pipeline_vae(loaded, pipeline)
+    place = next(models[1].parameters()).device
     scores = evaluate_reconstruction(
-        loaded.feature_extractor,
-        vae,
-        store,
-        rows,
-        num_views=views,
-        visibility=visibility,
-        lpips=_lpips(lpips, loaded.device),  # type: ignore[arg-type]
+        *models, store, rows, num_views=views, visibility=visibility, lpips=_lpips(lpips, place)
     )
     _report(scores, output)
 

@@ -41,8 +41,9 @@ def evaluate_generation(
 ) -> list[dict[str, Any]]:
     """Scores of every object: one stored condition view is the input, and the asset is drawn from that view's camera.
 
-    Controls: ``white`` an empty picture; ``turned`` the true object turned by 90 degrees; ``other`` the asset of the next
-    object in the list, scored against this object's picture; ``turned`` voxels are the found ones turned by 90 degrees.
+    Controls: ``white`` an empty picture; ``turned`` the true object turned by 90 degrees; ``other`` the asset of the
+    next object in the list, scored against this object's picture; ``f-score turned`` the found voxels turned by 90
+    degrees.
 
     Args:
         source: folder of the assets (the input picture is rendered again, uncropped, as a user would have it).

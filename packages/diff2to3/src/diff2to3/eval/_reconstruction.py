@@ -77,9 +77,12 @@ def evaluate_reconstruction(
         )
 
         def draw(asset: Gaussians, cameras: Camera = cameras) -> Tensor:
-            options = {"filter_2d": vae.config.gaussians.filter_2d, "antialias": True}
             with torch.inference_mode():
-                return render(asset, cameras, 1.0, **options).color.permute(0, 3, 1, 2).clamp(0, 1)
+                return (
+                    render(asset, cameras, 1.0, filter_2d=vae.config.gaussians.filter_2d, antialias=True)
+                    .color.permute(0, 3, 1, 2)
+                    .clamp(0, 1)
+                )
 
         entry: dict[str, Any] = {"id": row["id"], "has_texture": row.get("has_texture", "")}
         entry |= picture_scores(draw(gaussians), target, alpha, lpips)

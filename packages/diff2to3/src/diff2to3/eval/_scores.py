@@ -14,7 +14,7 @@ from torch import Tensor
 def on_white(
     rgba: np.ndarray | Tensor, size: int | None = None
 ) -> tuple[Float[Tensor, "V 3 H W"], Float[Tensor, "V 1 H W"]]:
-    """Straight-alpha uint8 pictures [V, H, W, 4] -> RGB on white and alpha in [0, 1], shrunk to ``size`` by area if given."""
+    """Straight-alpha uint8 pictures [V, H, W, 4] -> RGB on white, and alpha; shrunk to ``size`` by area if given."""
     pictures = torch.as_tensor(np.asarray(rgba)).float().permute(0, 3, 1, 2) / 255
     alpha = pictures[:, 3:]
     color = pictures[:, :3] * alpha + 1 - alpha
@@ -37,7 +37,7 @@ def silhouette_iou(alpha: Tensor, target: Tensor) -> Float[Tensor, " V"]:
 
 
 def voxel_f_score(found: Int[Tensor, "L 3"], true: Int[Tensor, "M 3"], distance: float = 1.5) -> float:
-    """Harmonic mean of precision and recall; a voxel is matched if one of the other set lies within ``distance`` voxels."""
+    """Harmonic mean of precision and recall; a match is a voxel of the other set within ``distance`` voxels."""
     if not len(found) or not len(true):
         return 0.0
     gaps = torch.cdist(found.float(), true.float())

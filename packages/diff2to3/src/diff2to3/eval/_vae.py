@@ -1,24 +1,43 @@
-"""The whole 2to3-VAE of a pipeline: its decoder, and the encoder that lies beside it."""
+"""The feature extractor and the whole 2to3-VAE, of a pipeline or as they were trained."""
 
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 
-from sparse_vae import SparseVAE
+import torch
+from flux_features import FluxFeatures, FluxFeaturesConfig
+from sparse_vae import SparseVAE, SparseVAEConfig
 
+from diff2to3._errors import InputError
 from diff2to3._pipeline import Pipeline
 from diff2to3._store import load_weights, locate, weights_path
+from diff2to3.train._checkpoint import read_config, read_weights
 
 ENCODER = "latent_encoder"  # file stem; generating does not need it, encoding an object does
 
 
-def pipeline_vae(pipeline: Pipeline, source: str | PathLike[str] | None) -> SparseVAE:
-    """The pipeline's decoder with the encoder of its directory's ``latent_encoder.safetensors``.
+def pipeline_models(source: str | PathLike[str] | None, device: str | None) -> tuple[FluxFeatures, SparseVAE]:
+    """A pipeline's extractor, and its decoder with the encoder of ``latent_encoder.safetensors`` in its directory.
 
     Raises:
-        PipelineFormatError: the directory has no encoder, or a damaged one.
+        InputError: the directory has no encoder or a damaged one, or its models are of another kind.
     """
-    vae = SparseVAE(pipeline.latent_decoder.config)  # type: ignore[attr-defined]
+    pipeline = Pipeline.from_pretrained(source, device=device)
+    config, extractor = pipeline.latent_decoder.config, pipeline.feature_extractor
+    if not isinstance(config, SparseVAEConfig) or not isinstance(extractor, FluxFeatures):
+        raise InputError(f"{source or 'the embedded pipeline'}: expected FLUX features and the 2to3-VAE's own decoder")
+    vae = SparseVAE(config)
     load_weights(vae.encoder, weights_path(locate(source), ENCODER))
-    vae.decoder = pipeline.latent_decoder
-    return vae.to(pipeline.device).eval()
+    vae.decoder.load_state_dict(pipeline.latent_decoder.state_dict())  # type: ignore[attr-defined]
+    return extractor, vae.to(pipeline.device).eval()
+
+
+def trained_models(extractor: Path, vae: Path, device: str | None) -> tuple[FluxFeatures, SparseVAE]:
+    """The same from the model folders of `train autoencoder` and `train vae`."""
+    features = FluxFeatures(read_config(extractor, FluxFeaturesConfig))
+    features.load_state_dict(read_weights(extractor))
+    model = SparseVAE(read_config(vae, SparseVAEConfig))
+    model.load_state_dict(read_weights(vae))
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return features.to(place).eval(), model.to(place).eval()

@@ -23,8 +23,8 @@ def assemble(
 ) -> int:
     """Writes ``out`` from the stages' ``model`` folders under ``runs``; returns the number of parameters.
 
-    Weights are stored in fp16, statistics as fp32 numbers in ``pipeline.json``. The 2to3-VAE's encoder, which generating
-    does not need, lies beside them as ``latent_encoder.safetensors``.
+    Weights are stored in fp16, statistics as fp32 numbers in ``pipeline.json``. The 2to3-VAE's encoder, which
+    generating does not need, lies beside them as ``latent_encoder.safetensors``.
 
     Raises:
         ValueError: a stage is missing or does not fit the others.

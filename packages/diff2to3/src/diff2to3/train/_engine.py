@@ -48,7 +48,7 @@ class Stage(nn.Module):
 
 
 class Schedule:
-    """Learning rate and end of a run as functions of progress: the share of steps or of minutes spent, the larger one."""
+    """Learning rate and end of a run as functions of progress: the share of steps or of minutes spent, if larger."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -160,7 +160,7 @@ def _validate(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Figures of one fixed validation batch under the averaged weights; its seed makes the noise the same every time."""
+    """Figures of one fixed validation batch under the averaged weights; its seed keeps the noise the same."""
     kept = stage.model
     stage.model, stage.training = average.module, False
     try:

@@ -1,0 +1,99 @@
+"""What the stages share: options, the picture loss, frozen parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from gs_render.metrics import LPIPS, psnr, ssim
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from diff2to3._errors import InputError
+from diff2to3.train._checkpoint import read_weights
+from diff2to3.train._config import TrainConfig
+from diff2to3.train._engine import Batch, Stage
+
+C = TypeVar("C", bound=BaseModel)
+M = TypeVar("M", bound=nn.Module)
+
+
+class Options(BaseModel):
+    """Loss weights and augmentation; a stage uses those that concern it. Defaults: TRELLIS's, see docs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lpips: Path | None = None
+    lpips_backbone: Literal["vgg", "alex"] = "vgg"
+    lpips_weight: float = 0.2
+    ssim_weight: float = 0.2
+    kl_weight: float = 1e-6
+    volume_weight: float = 150.0
+    opacity_weight: float = 1e-3
+    bce_weight: float = 1.0
+    frame: Literal["canonical", "view-snapped"] = "view-snapped"
+    time: Literal["uniform", "logit_normal"] = "uniform"
+    p_uncond: float = 0.1
+    jitter: float = 0.04
+
+
+def build_config(config_class: type[C], values: dict[str, Any]) -> C:
+    """A model config from ``{preset: name, field: value, ...}``."""
+    values = dict(values)
+    preset = config_class.preset(values.pop("preset", "tiny"))  # type: ignore[attr-defined]
+    return config_class.model_validate(preset.model_dump() | values)
+
+
+class PictureStage(Stage):
+    """A stage with :class:`Options`."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        try:
+            self.options = Options(**config.options)
+        except ValidationError as error:
+            raise InputError(f"options: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
+        self.lpips = LPIPS(self.options.lpips, self.options.lpips_backbone) if self.options.lpips else None
+
+    def picture_loss(self, image: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L1 + SSIM + LPIPS with their weights, in fp32."""
+        image, target = image.float(), target.float()
+        l1 = F.l1_loss(image, target)
+        loss = l1 + self.options.ssim_weight * (1 - ssim(image, target).mean())
+        figures = {"psnr": psnr(image.detach(), target).mean()}
+        if self.lpips is not None:
+            distance = self.lpips(image, target).mean()
+            loss, figures["lpips"] = loss + self.options.lpips_weight * distance, distance.detach()
+        return loss, figures
+
+
+def generator_of(batch: Batch, stream: int = 0) -> torch.Generator:
+    """Randomness of a step: a function of the batch's seed alone, so that a resumed run repeats it."""
+    tensor = next(value for value in batch.values() if isinstance(value, Tensor))
+    return torch.Generator(tensor.device).manual_seed((batch["seed"] + stream) % 2**63)
+
+
+def statistics(moments: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel from the first two moments [2, C]."""
+    mean, square = moments.double()
+    return tuple(mean.tolist()), tuple((square - mean**2).clamp_min(1e-8).sqrt().tolist())
+
+
+def composite(color: Tensor, alpha: Tensor, ground: Tensor) -> Tensor:
+    """Straight colour over a ground."""
+    return color * alpha + ground * (1 - alpha)
+
+
+def part(config: TrainConfig, role: str) -> Path:
+    """Model folder of a trained part."""
+    if role not in config.parts:
+        raise InputError(f"this stage builds on a trained {role}; give parts: {{{role}: FOLDER}}")
+    return config.parts[role]
+
+
+def frozen(module: M, folder: Path) -> M:
+    """A trained part that does not learn here."""
+    module.load_state_dict(read_weights(folder))
+    return module.requires_grad_(False).eval()

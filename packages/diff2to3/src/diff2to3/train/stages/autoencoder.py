@@ -1,0 +1,52 @@
+"""Stage ``autoencoder``: the FLUX-shaped tiny autoencoder behind the features."""
+
+from __future__ import annotations
+
+import torch
+from flux_features import FluxFeatures, FluxFeaturesConfig
+from pydantic import BaseModel
+from torch import Tensor
+
+from diff2to3.data._augment import hue_matrix, shift_hue
+from diff2to3.train._batches import ObjectData, PictureBatches
+from diff2to3.train._config import TrainConfig
+from diff2to3.train._engine import Batch, Batches
+from diff2to3.train.stages._base import PictureStage, build_config, composite, generator_of, statistics
+
+
+class AutoencoderStage(PictureStage):
+    """The FLUX-shaped tiny autoencoder: pictures in, the same pictures out."""
+
+    model: FluxFeatures
+    model_config: FluxFeaturesConfig
+    recent: Tensor
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.model_config = build_config(FluxFeaturesConfig, config.model)
+        self.model = FluxFeatures(self.model_config).to(memory_format=torch.channels_last)
+        self.register_buffer("recent", torch.zeros(2, self.model_config.latent_channels))
+
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        return PictureBatches(ObjectData(config, split, "render", device))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = generator_of(batch)
+        rgba = batch["image"].float() / 255
+        count = len(rgba)
+        hue = torch.rand(count, generator=generator, device=rgba.device) * 360
+        ground = torch.rand(count, 3, 1, 1, generator=generator, device=rgba.device)
+        white = torch.rand(count, 1, 1, 1, generator=generator, device=rgba.device) < 0.7
+        picture = composite(shift_hue(rgba[:, :3], hue_matrix(hue)), rgba[:, 3:], torch.where(white, 1.0, ground))
+        latent = self.model(picture)
+        with torch.no_grad():
+            moments = torch.stack([latent.float().mean((0, 2, 3)), latent.float().square().mean((0, 2, 3))])
+            self.recent.lerp_(moments, 0.02)
+        # A little noise in latent units keeps the latents smooth; the pull to unit scale fixes their free scale.
+        noise = 0.05 * torch.randn(latent.shape, generator=generator, device=latent.device, dtype=latent.dtype)
+        loss, figures = self.picture_loss(self.model.decode(latent + noise), picture)
+        return loss + 1e-3 * latent.float().square().mean(), figures | {"latent_std": latent.detach().float().std()}
+
+    def finish(self) -> tuple[BaseModel, dict[str, Tensor]]:
+        mean, std = statistics(self.recent)
+        return self.model_config.model_copy(update={"channel_mean": mean, "channel_std": std}), self.model.state_dict()

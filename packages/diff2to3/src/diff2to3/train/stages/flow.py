@@ -1,0 +1,136 @@
+"""Stages ``structure-flow`` and ``flow``: both halves of generation (paper, sections 3.2 and 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from flux_features import FluxFeatures, FluxFeaturesConfig
+from smdit import SMDiT, SMDiTConfig, StructureFlowConfig, flow_matching_loss
+from sparse_vae import SparseTensor, SparseVAEConfig, StructureVAE, StructureVAEConfig, Topology
+from torch import Tensor
+
+from diff2to3._errors import InputError
+from diff2to3.data._augment import hue_matrix, shift_hue
+from diff2to3.train._batches import ConditionBatches, ObjectData
+from diff2to3.train._checkpoint import read_config
+from diff2to3.train._config import TrainConfig
+from diff2to3.train._engine import Batch, Batches
+from diff2to3.train.stages._base import PictureStage, build_config, frozen, generator_of, part
+from diff2to3.train.stages.structure_vae import dense_occupancy
+
+
+class _FlowStage(PictureStage):
+    """A flow model conditioned on the features of a picture."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        folder = part(config, "features")
+        self.extractor = frozen(FluxFeatures(read_config(folder, FluxFeaturesConfig)), folder)
+
+    def condition(self, batch: Batch) -> Tensor:
+        """Image tokens [B, 1, h, w, C] of the condition crops, their hue turned, slightly moved in the frame."""
+        rgba = batch["condition"].float() / 255
+        premultiplied = shift_hue(rgba[:, :3], hue_matrix(batch["hue"])) * rgba[:, 3:]
+        stack = torch.cat([premultiplied, rgba[:, 3:]], 1)
+        if self.training and self.options.jitter:
+            stack = _jitter(stack, self.options.jitter, generator_of(batch))
+        picture = stack[:, :3] + 1 - stack[:, 3:]
+        with torch.no_grad():
+            return self.extractor.tokens(self.extractor(picture))[:, None].float()
+
+
+class FlowStage(_FlowStage):
+    """SMDiT over the 2to3-VAE's latents (paper, sections 3.2 and 3.3)."""
+
+    model_config: SMDiTConfig
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.model_config = build_config(SMDiTConfig, config.model)
+        self.model = SMDiT(self.model_config)
+        vae = read_config(part(config, "vae"), SparseVAEConfig)
+        if vae.latent_mean is None or vae.latent_std is None:
+            raise InputError(f"{config.parts['vae']}: latent statistics are missing; run `diff2to3 data latents` first")
+        self.register_buffer("mean", torch.tensor(vae.latent_mean))
+        self.register_buffer("std", torch.tensor(vae.latent_std))
+
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        data = ObjectData(config, split, "latents", device)
+        return ConditionBatches(data, self.model_config.grid_size, self.options.frame, latents=True)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        grid_size, count = self.model_config.grid_size, batch["batch_size"]
+        topology, order = Topology.from_coords(batch["coords"], grid_size, count)
+        latents = SparseTensor((batch["latents"][order] - self.mean) / self.std, topology)
+        loss = flow_matching_loss(
+            self.model,
+            latents,
+            self.condition(batch),
+            generator_of(batch, 1),
+            p_uncond=self.options.p_uncond if self.training else 0.0,
+            time=self.options.time,
+        )
+        return loss, {}
+
+
+class StructureFlowStage(_FlowStage):
+    """The dense flow of stage 1 over the structure VAE's latents."""
+
+    model_config: SMDiTConfig
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        preset, overrides = StructureFlowConfig.preset(config.model.get("preset", "tiny")), dict(config.model)
+        overrides.pop("preset", None)
+        self.model_config = SMDiTConfig.model_validate(preset.flow.model_dump() | overrides)
+        self.model = SMDiT(self.model_config)
+        folder = part(config, "structure_vae")
+        vae = read_config(folder, StructureVAEConfig)
+        if vae.latent_mean is None or vae.latent_std is None:
+            raise InputError(
+                f"{folder}: latent statistics are missing; they are written by `diff2to3 train structure-vae`"
+            )
+        self.vae = frozen(StructureVAE(vae), folder)
+        self.vae_grid = vae.grid_size
+        self._grids: dict[int, Topology] = {}
+        self.register_buffer("mean", torch.tensor(vae.latent_mean).view(1, -1, 1, 1, 1))
+        self.register_buffer("std", torch.tensor(vae.latent_std).view(1, -1, 1, 1, 1))
+
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        data = ObjectData(config, split, "voxels", device)
+        return ConditionBatches(data, self.vae_grid, self.options.frame, latents=False)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            mean, _ = self.vae.encode(dense_occupancy(batch, self.vae_grid))
+            latents = (mean.float() - self.mean) / self.std
+        topology = self._grid(len(latents), latents.shape[-1], latents.device)
+        rows = latents.flatten(2).transpose(1, 2).reshape(-1, latents.shape[1])
+        loss = flow_matching_loss(
+            self.model,
+            SparseTensor(rows, topology),
+            self.condition(batch),
+            generator_of(batch, 1),
+            p_uncond=self.options.p_uncond if self.training else 0.0,
+            time=self.options.time,
+        )
+        return loss, {}
+
+    def _grid(self, batch_size: int, size: int, device: torch.device) -> Topology:
+        """One topology for all steps, so that packing and rotary tables are made once."""
+        if batch_size not in self._grids:
+            self._grids[batch_size] = Topology.full(batch_size, size, device)
+        return self._grids[batch_size]
+
+
+def _jitter(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Zooms and shifts pictures by up to ``amount`` of their side; outside is transparent."""
+    zoom, dx, dy = (torch.rand(3, len(images), generator=generator, device=images.device) * 2 - 1) * amount
+    zero = torch.zeros_like(zoom)
+    affine = torch.stack([torch.stack([1 + zoom, zero, dx], -1), torch.stack([zero, 1 + zoom, dy], -1)], 1)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)

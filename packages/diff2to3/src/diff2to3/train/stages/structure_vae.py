@@ -1,0 +1,62 @@
+"""Stage ``structure-vae``: occupancy and its latents (TRELLIS, sparse_structure_vae)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel
+from sparse_vae import StructureVAE, StructureVAEConfig, dice_loss, kl_divergence
+from torch import Tensor
+
+from diff2to3.train._batches import ObjectData, OccupancyBatches
+from diff2to3.train._config import TrainConfig
+from diff2to3.train._engine import Batch, Batches
+from diff2to3.train.stages._base import PictureStage, build_config, generator_of, statistics
+
+
+class StructureVAEStage(PictureStage):
+    """Dense occupancy autoencoder of stage 1."""
+
+    model: StructureVAE
+    model_config: StructureVAEConfig
+    recent: Tensor
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.model_config = build_config(StructureVAEConfig, config.model)
+        self.model = StructureVAE(self.model_config)
+        self.register_buffer("recent", torch.zeros(2, self.model_config.latent_channels))
+
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        return OccupancyBatches(ObjectData(config, split, "voxels", device), self.model_config.grid_size)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        occupancy = dense_occupancy(batch, self.model_config.grid_size)
+        mean, logvar = self.model.encode(occupancy)
+        with torch.no_grad():
+            moments = torch.stack([mean.float().mean((0, 2, 3, 4)), mean.float().square().mean((0, 2, 3, 4))])
+            self.recent.lerp_(moments, 0.02)
+        latent = mean
+        if self.training:
+            noise = torch.randn(mean.shape, generator=generator_of(batch), device=mean.device)
+            latent = mean + noise * (0.5 * logvar).exp()
+        logits = self.model.decode(latent).float()
+        dice = dice_loss(logits, occupancy)
+        divergence = kl_divergence(mean, logvar)
+        bce = F.binary_cross_entropy_with_logits(logits, occupancy)
+        found, true = logits > 0, occupancy > 0
+        iou = (found & true).flatten(1).sum(1) / (found | true).flatten(1).sum(1).clamp_min(1)
+        loss = dice + self.options.bce_weight * bce + self.options.kl_weight * divergence
+        return loss, {"dice": dice.detach(), "iou": iou.float().mean(), "kl": divergence.detach()}
+
+    def finish(self) -> tuple[BaseModel, dict[str, Tensor]]:
+        mean, std = statistics(self.recent)
+        return self.model_config.model_copy(update={"latent_mean": mean, "latent_std": std}), self.model.state_dict()
+
+
+def dense_occupancy(batch: Batch, grid_size: int) -> Tensor:
+    """Surface voxels of a batch -> occupancy [B, 1, N, N, N] float."""
+    b, x, y, z = batch["coords"].long().unbind(1)
+    occupancy = torch.zeros(batch["batch_size"], 1, grid_size, grid_size, grid_size, device=b.device)
+    occupancy[b, 0, x, y, z] = 1.0
+    return occupancy

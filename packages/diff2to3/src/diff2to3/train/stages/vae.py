@@ -1,0 +1,58 @@
+"""Stage ``vae``: the 2to3-VAE (paper, sections 3.1 and 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from gs_render import Camera, render_batch
+from sparse_vae import SparseTensor, SparseVAE, SparseVAEConfig, Topology, gaussian_regularisation, kl_divergence
+from torch import Tensor
+
+from diff2to3.data._augment import hue_matrix, shift_hue
+from diff2to3.train._batches import ObjectData, ViewBatches
+from diff2to3.train._checkpoint import read_config, read_weights
+from diff2to3.train._config import TrainConfig
+from diff2to3.train._engine import Batch, Batches
+from diff2to3.train.stages._base import PictureStage, build_config, composite, generator_of
+
+
+class VAEStage(PictureStage):
+    """The 2to3-VAE: features on voxels in, Gaussians out, compared with one random view (paper, section 3.3)."""
+
+    model: SparseVAE
+    model_config: SparseVAEConfig
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.model_config = build_config(SparseVAEConfig, config.model)
+        if "vae" in config.parts:  # go on from a trained one; its latents stay what flows were trained on
+            self.model_config = read_config(config.parts["vae"], SparseVAEConfig)
+        self.model = SparseVAE(self.model_config)
+        if "vae" in config.parts:
+            self.model.load_state_dict(read_weights(config.parts["vae"]))
+            self.model.encoder.requires_grad_(False)
+
+    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
+        return ViewBatches(ObjectData(config, split, "features", device), self.model_config.grid_size)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = generator_of(batch)
+        grid_size, count = self.model_config.grid_size, batch["batch_size"]
+        topology, order = Topology.from_coords(batch["coords"], grid_size, count)
+        objects, mean, logvar = self.model(SparseTensor(batch["features"][order], topology), generator)
+        rgba = batch["image"].float() / 255
+        ground = (torch.rand(len(rgba), 1, generator=generator, device=rgba.device) < 0.5).float().expand(-1, 3)
+        target = composite(shift_hue(rgba[:, :3], hue_matrix(batch["hue"])), rgba[:, 3:], ground[..., None, None])
+        size = rgba.shape[-1]
+        with torch.autocast(rgba.device.type, enabled=False):
+            drawn = render_batch(
+                objects,
+                Camera(batch["pose"], batch["intrinsics"], size, size),
+                ground,
+                filter_2d=self.model_config.gaussians.filter_2d,
+                antialias=True,
+            )
+        loss, figures = self.picture_loss(drawn.color.permute(0, 3, 1, 2), target)
+        divergence = kl_divergence(mean.features, logvar.features)
+        geometry = gaussian_regularisation(objects, self.options.volume_weight, self.options.opacity_weight)
+        loss = loss + self.options.kl_weight * divergence + geometry
+        return loss, figures | {"kl": divergence.detach(), "geometry": geometry.detach()}
