@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def hue_matrix(degrees: float | Float[Tensor, " B"]) -> Float[Tensor, "*B 3 3"]:
-    """Rotation of RGB about the grey axis: greys (and a white background) stay, hues turn. ``rgb @ M.T``, then clamp."""
+    """Rotation of RGB about the grey axis: greys (and a white background) stay, hues turn. ``M @ rgb``, then clamp."""
     angle = torch.as_tensor(degrees, dtype=torch.float32) * (math.pi / 180)
     cos, sin = angle.cos()[..., None, None], angle.sin()[..., None, None]
     eye = torch.eye(3, device=angle.device)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from diff2to3._errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from torch import nn
+
+    from diff2to3.data._store import Store
+
 _ASSETS = click.Path(path_type=Path, exists=True, file_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
+_POSITIVE = click.IntRange(min=1)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group()
@@ -17,61 +29,99 @@ def data() -> None:
 
 
 def _report(stage: str, count: int, failures: dict[str, str]) -> None:
+    """What a stage did; exit code 1 if nothing came of it."""
     for object_id, reason in failures.items():
         click.echo(f"{stage}: {object_id}: {reason}", err=True)
     click.echo(f"{stage}: {count - len(failures)} objects done, {len(failures)} failed")
+    if failures and len(failures) == count:
+        raise click.exceptions.Exit(1)
 
 
-def _shared(function):
-    function = click.option(
-        "--index", type=click.Path(path_type=Path, exists=True), help="CSV with columns id, split."
-    )(function)
-    function = click.option("--split", "splits", multiple=True, help="Only these splits (repeatable); default all.")(
-        function
-    )
-    function = click.option("--limit", type=int, help="Only the first N objects of each split.")(function)
-    return click.option("--workers", type=int, default=os.cpu_count(), show_default="all cores")(function)
+def _over_assets(function: F) -> F:
+    """Options of the stages that read assets."""
+    for option in (
+        click.option("--workers", type=_POSITIVE, default=os.cpu_count(), show_default="all cores", help="Processes."),
+        click.option("--limit", type=_POSITIVE, help="Only the first N objects of each split."),
+        click.option("--split", "splits", multiple=True, help="Only these splits (repeatable); default all."),
+        click.option(
+            "--index",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            help="CSV with columns id, split; default SOURCE/index.csv, and without it every mesh file.",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 def _rows(source: Path, index: Path | None, splits: tuple[str, ...], limit: int | None) -> list[dict[str, str]]:
     from diff2to3.data._render_stage import list_assets
 
     rows = list_assets(source, index)
-    names = splits or tuple(dict.fromkeys(row["split"] for row in rows))
-    return [row for name in names for row in [r for r in rows if r["split"] == name][:limit]]
+    known = tuple(dict.fromkeys(row["split"] for row in rows))
+    if unknown := sorted(set(splits) - set(known)):
+        raise InputError(f"--split {unknown[0]}: {source} has {', '.join(known)}")
+    return [row for name in splits or known for row in [r for r in rows if r["split"] == name][:limit]]
 
 
 @data.command()
 @click.argument("source", type=_ASSETS)
 @click.argument("out", type=_FOLDER)
-@_shared
-@click.option("--size", type=int, default=256, show_default=True, help="Side of a picture in pixels.")
-@click.option("--views", type=int, default=32, show_default=True, help="Views spread over the sphere, for features.")
-@click.option(
-    "--extra-views", type=int, default=8, show_default=True, help="More random views, unseen by the features."
-)
-@click.option(
-    "--condition-views", type=int, default=12, show_default=True, help="Views a person would photograph from."
-)
-def render(source, out, index, splits, limit, workers, size, views, extra_views, condition_views) -> None:
+@_over_assets
+@click.option("--size", type=_POSITIVE, default=256, show_default=True, help="Side of a picture in pixels.")
+@click.option("--views", type=_POSITIVE, default=32, show_default=True, help="Views over the sphere, for features.")
+@click.option("--extra-views", type=int, default=8, show_default=True, help="Random views, unseen by the features.")
+@click.option("--condition-views", type=int, default=12, show_default=True, help="Views as a person would photograph.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the cameras.")
+def render(
+    source: Path,
+    out: Path,
+    index: Path | None,
+    splits: tuple[str, ...],
+    limit: int | None,
+    workers: int,
+    size: int,
+    **counts: int,
+) -> None:
     """Render the assets under SOURCE into the data set OUT."""
+    from pydantic import ValidationError
+
     from diff2to3.data._render_stage import RenderSettings, render_objects, write_objects
     from diff2to3.data._store import Store
 
+    try:
+        settings = RenderSettings(
+            size=size,
+            num_views=counts["views"],
+            num_extra_views=counts["extra_views"],
+            num_condition_views=counts["condition_views"],
+            seed=counts["seed"],
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{first['loc'][0]}: {first['msg']}, got {first['input']}") from error
     rows, store = _rows(source, index, splits, limit), Store(out)
-    settings = RenderSettings(
-        size=size, num_views=views, num_extra_views=extra_views, num_condition_views=condition_views
-    )
     write_objects(store, rows)
-    _report("render", len(rows), render_objects(source, store, [row["id"] for row in rows], settings, workers))
+    try:
+        failures = render_objects(source, store, [row["id"] for row in rows], settings, workers)
+    except RuntimeError as error:
+        raise InputError(str(error)) from error
+    _report("render", len(rows), failures)
 
 
 @data.command()
 @click.argument("source", type=_ASSETS)
 @click.argument("out", type=_FOLDER)
-@_shared
-@click.option("--grid-size", type=int, default=32, show_default=True, help="Voxels along each axis.")
-def voxelize(source, out, index, splits, limit, workers, grid_size) -> None:
+@_over_assets
+@click.option("--grid-size", type=click.IntRange(1, 256), default=32, show_default=True, help="Voxels along each axis.")
+def voxelize(
+    source: Path,
+    out: Path,
+    index: Path | None,
+    splits: tuple[str, ...],
+    limit: int | None,
+    workers: int,
+    grid_size: int,
+) -> None:
     """Surface voxels of the assets under SOURCE, into the data set OUT."""
     from diff2to3.data._render_stage import voxelize_objects, write_objects
     from diff2to3.data._store import Store
@@ -84,15 +134,22 @@ def voxelize(source, out, index, splits, limit, workers, grid_size) -> None:
 @data.command()
 @click.argument("out", type=_FOLDER)
 @click.option("--extractor", type=_ASSETS, required=True, help="Model folder of `diff2to3 train autoencoder`.")
-@click.option("--views", type=int, default=32, show_default=True)
-@click.option(
-    "--variants", type=int, default=4, show_default=True, help="Colour variants an object, the first unchanged."
-)
+@click.option("--views", type=_POSITIVE, default=32, show_default=True, help="The first N rendered views are used.")
+@click.option("--variants", type=_POSITIVE, default=4, show_default=True, help="Colour variants, the first unchanged.")
 @click.option("--visibility", type=click.Choice(["all", "depth"]), default="depth", show_default=True)
-@click.option("--grid-size", type=int, default=32, show_default=True)
-@click.option("--device", default=None)
+@click.option("--grid-size", type=_POSITIVE, default=32, show_default=True, help="As given to voxelize.")
+@click.option("--device", default=None, help="Default: CUDA if there is one.")
 @click.option("--shard", default="0/1", show_default=True, help="I/N: this process's share of the objects.")
-def features(out, extractor, views, variants, visibility, grid_size, device, shard) -> None:
+def features(
+    out: Path,
+    extractor: Path,
+    views: int,
+    variants: int,
+    visibility: Literal["all", "depth"],
+    grid_size: int,
+    device: str | None,
+    shard: str,
+) -> None:
     """Lift picture features onto voxels, for every object of the data set OUT."""
     from flux_features import FluxFeatures, FluxFeaturesConfig
 
@@ -109,9 +166,9 @@ def features(out, extractor, views, variants, visibility, grid_size, device, sha
 @click.option(
     "--vae", type=_ASSETS, required=True, help="Model folder of `diff2to3 train vae`; its statistics are updated."
 )
-@click.option("--device", default=None)
+@click.option("--device", default=None, help="Default: CUDA if there is one.")
 @click.option("--shard", default="0/1", show_default=True, help="I/N: this process's share of the objects.")
-def latents(out, vae, device, shard) -> None:
+def latents(out: Path, vae: Path, device: str | None, shard: str) -> None:
     """Encode features into 2to3-VAE latents; stores their mean and deviation (of split train) in the VAE's config."""
     from sparse_vae import SparseVAE, SparseVAEConfig
 
@@ -121,43 +178,57 @@ def latents(out, vae, device, shard) -> None:
 
     store, ids = _shard(out, "features", shard)
     model, digest = _load(SparseVAE, SparseVAEConfig, vae, device)
-    _report("latents", len(ids), encode_objects(model, store, ids, digest))
-    train_ids = [row["id"] for row in store.objects("train") if row["id"] in set(ids)] or ids
-    mean, std = latent_statistics(store, train_ids)
+    failures = encode_objects(model, store, ids, digest)
+    _report("latents", len(ids), failures)
+    done = [i for i in ids if i not in failures]
+    train = {row["id"] for row in store.objects("train")}
+    mean, std = latent_statistics(store, [i for i in done if i in train] or done)
     config = read_config(vae, SparseVAEConfig).model_copy(update={"latent_mean": tuple(mean), "latent_std": tuple(std)})
     write_atomically(vae / "config.json", config.model_dump_json(indent=1).encode())
 
 
 @data.command()
 @click.argument("out", type=_FOLDER)
-@click.option("--count", type=int, default=8, show_default=True, help="Number of objects.")
-@click.option("--seed", type=int, default=0, show_default=True)
-def synthesize(out, count, seed) -> None:
+@click.option("--count", type=_POSITIVE, default=8, show_default=True, help="Number of objects.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def synthesize(out: Path, count: int, seed: int) -> None:
     """Make textured procedural objects as .glb files under OUT, with an index.csv."""
     from diff2to3.data._synthesize import synthesize as run
 
     run(out, count, seed)
+    click.echo(f"synthesize: {count} objects in {out}")
 
 
-def _shard(out: Path, needs: str, shard: str):
+def _shard(out: Path, needs: str, shard: str) -> tuple[Store, list[str]]:
+    """The data set and this process's share of the objects that have the stage ``needs``."""
     from diff2to3.data._store import Store
 
     try:
         index, count = (int(part) for part in shard.split("/"))
+        if not 0 <= index < count:
+            raise ValueError
     except ValueError:
-        raise click.UsageError(f"--shard {shard}: expected I/N, for example 0/2") from None
+        raise InputError(f"--shard {shard}: expected I/N with 0 <= I < N, for example 0/2") from None
     store = Store(out)
     ids = [row["id"] for row in store.objects() if store.path(needs, row["id"]).is_file()]
+    if not ids:
+        raise InputError(f"{out}: no object has the stage {needs!r} yet; run `diff2to3 data` for it first")
     return store, ids[index::count]
 
 
-def _load(model_class, config_class, folder: Path, device: str | None):
+def _load(
+    model_class: Callable[[Any], nn.Module], config_class: type[BaseModel], folder: Path, device: str | None
+) -> tuple[Any, str]:
+    """The model of a folder, ready to run, and the hash of its weights."""
     import torch
 
     from diff2to3._store import state_sha256
     from diff2to3.train._checkpoint import read_config, read_weights
 
-    model = model_class(read_config(folder, config_class))
-    model.load_state_dict(read_weights(folder))
-    digest = state_sha256(model)
+    try:
+        model = model_class(read_config(folder, config_class))
+        model.load_state_dict(read_weights(folder))
+    except (ValueError, RuntimeError) as error:  # torch reports missing and unexpected weights as RuntimeError
+        raise InputError(f"{folder}: {error}") from error
+    digest = str(state_sha256(model))
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), digest

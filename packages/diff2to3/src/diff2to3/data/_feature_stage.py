@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from sparse_vae import SparseTensor, SparseVAE, Topology
 from torch import Tensor
 
+from diff2to3._errors import InputError
 from diff2to3.data._augment import hue_matrix, mirror_cameras, mirror_coords, shift_hue, yaw_coords
-from diff2to3.data._store import Store, decode_png, run_stage
+from diff2to3.data._run import run_stage
+from diff2to3.data._store import Store, decode_png
 
 
 class FeatureSettings(BaseModel):
@@ -28,7 +30,7 @@ class FeatureSettings(BaseModel):
 
     num_views: int = Field(default=32, ge=1)
     num_variants: int = Field(default=4, ge=1)
-    visibility: str = "depth"
+    visibility: Literal["all", "depth"] = "depth"
     seed: int = 0
 
 
@@ -129,6 +131,6 @@ def latent_statistics(store: Store, ids: list[str]) -> tuple[list[float], list[f
         latents = latents.reshape(-1, latents.shape[-1])
         total, squares, count = total + latents.sum(0), squares + (latents**2).sum(0), count + len(latents)
     if not count:
-        raise ValueError(f"{store.root}: no latents found; run `diff2to3 data latents` first")
+        raise InputError(f"{store.root}: no latents found; run `diff2to3 data latents` first")
     mean = np.asarray(total) / count
     return mean.tolist(), np.sqrt(np.asarray(squares) / count - mean**2).tolist()

@@ -49,16 +49,18 @@ def load_mesh(path: str | Path) -> Mesh:
 
     try:
         scene = trimesh.load_scene(path, process=False)
-    except Exception as error:  # trimesh raises whatever its parsers meet in a broken file
+        parts = []
+        for node in scene.graph.nodes_geometry:
+            transform, name = scene.graph[node]
+            geometry = scene.geometry[name]
+            if isinstance(geometry, trimesh.Trimesh) and len(geometry.faces):
+                parts.append(_part(geometry, np.asarray(transform)))
+    except Exception as error:  # trimesh and Pillow raise whatever their parsers meet in a broken file
         raise ValueError(f"{path}: not a readable mesh ({type(error).__name__}: {error})") from error
-    parts = []
-    for node in scene.graph.nodes_geometry:
-        transform, name = scene.graph[node]
-        geometry = scene.geometry[name]
-        if isinstance(geometry, trimesh.Trimesh) and len(geometry.faces):
-            parts.append(_part(geometry, np.asarray(transform)))
     if not parts:
         raise ValueError(f"{path}: no triangles found")
+    if any(part.faces.min() < 0 or part.faces.max() >= len(part.vertices) for part in parts):
+        raise ValueError(f"{path}: faces name vertices that do not exist")
     vertices = np.concatenate([part.vertices[np.unique(part.faces)] for part in parts])
     if not np.isfinite(vertices).all():
         raise ValueError(f"{path}: vertex coordinates are not finite")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from diff2to3.data._mesh import Mesh
@@ -34,15 +36,20 @@ class MeshRenderer:
         import moderngl
 
         try:
-            self.context = moderngl.create_standalone_context(backend="egl")
+            options: Any = {"backend": "egl"}  # moderngl's annotation of keyword options is wrong
+            self.context: Any = moderngl.create_context(standalone=True, **options)
         except Exception as error:  # moderngl and glcontext raise bare Exception
             raise RuntimeError(
                 f"no OpenGL through EGL ({error}); install a driver, e.g. `apt install libegl1 libgl1-mesa-dri`"
             ) from error
         self.samples = min(samples, self.context.max_samples)
         self.context.enable(moderngl.DEPTH_TEST)
-        self.program = self.context.program(vertex_shader=_VERTEX, fragment_shader=_FRAGMENT)
-        self._framebuffers: dict[tuple[int, int, int], tuple] = {}
+        self.program: Any = self.context.program(vertex_shader=_VERTEX, fragment_shader=_FRAGMENT)
+        self._framebuffers: dict[tuple[int, int], tuple[Any, Any]] = {}  # by side and samples, 0 for depth
+
+    def release(self) -> None:
+        """Gives the context back; the renderer cannot be used afterwards."""
+        self.context.release()
 
     def render(
         self, mesh: Mesh, world_to_camera: np.ndarray, intrinsics: np.ndarray, size: int
@@ -56,8 +63,8 @@ class MeshRenderer:
             size: side of the square pictures in pixels.
 
         Returns:
-            RGBA uint8 ``[V, size, size, 4]`` with straight alpha, and float32 ``[V, size // 4, size // 4]`` view-space z of
-            the nearest surface at the centre of each 4x4 pixel block (``inf`` for background).
+            RGBA uint8 ``[V, size, size, 4]`` with straight alpha, and float32 ``[V, size // 4, size // 4]`` view-space
+            z of the nearest surface at the centre of each 4x4 pixel block (``inf`` for background).
         """
         arrays, textures = self._upload(mesh)
         try:
@@ -77,7 +84,7 @@ class MeshRenderer:
             for texture in textures:
                 texture.release()
 
-    def _upload(self, mesh: Mesh) -> tuple[list, list]:
+    def _upload(self, mesh: Mesh) -> tuple[list[Any], list[Any]]:
         arrays, textures = [], []
         for part in mesh.parts:
             packed = np.concatenate([part.vertices, part.uv, part.colors.astype(np.float32) / 255], 1).astype("f4")
@@ -91,8 +98,8 @@ class MeshRenderer:
             textures.append(texture)
         return arrays, textures
 
-    def _framebuffer(self, size: int, samples: int) -> tuple:
-        key = (size, size, samples)
+    def _framebuffer(self, size: int, samples: int) -> tuple[Any, Any]:
+        key = (size, samples)
         if key not in self._framebuffers:
             shape = (size, size)
             target = self.context.framebuffer(
@@ -103,22 +110,22 @@ class MeshRenderer:
             self._framebuffers[key] = (target, resolved)
         return self._framebuffers[key]
 
-    def _draw(self, target, arrays: list, textures: list) -> None:
+    def _draw(self, target: Any, arrays: list[Any], textures: list[Any]) -> None:
         target.use()
         target.clear(0.0, 0.0, 0.0, 0.0, depth=1.0)
         for (array, _), texture in zip(arrays, textures, strict=True):
             texture.use()
             array.render()
 
-    def _color(self, arrays: list, textures: list, size: int) -> np.ndarray:
+    def _color(self, arrays: list[Any], textures: list[Any], size: int) -> np.ndarray:
         target, resolved = self._framebuffer(size, self.samples)
         self._draw(target, arrays, textures)
         self.context.copy_framebuffer(resolved, target)
         flipped = np.frombuffer(resolved.read(components=4), np.uint8).reshape(size, size, 4)
         return _straight_alpha(flipped[::-1])
 
-    def _depth(self, arrays: list, textures: list, size: int) -> np.ndarray:
-        key = (size, size, 0)
+    def _depth(self, arrays: list[Any], textures: list[Any], size: int) -> np.ndarray:
+        key = (size, 0)
         if key not in self._framebuffers:
             depth = self.context.depth_texture((size, size))
             target = self.context.framebuffer([self.context.renderbuffer((size, size), 4)], depth)

@@ -11,10 +11,12 @@ from zlib import crc32
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from diff2to3._errors import InputError
 from diff2to3._image import object_crop
 from diff2to3.data._mesh import MESH_SUFFIXES, load_mesh
 from diff2to3.data._rasterize import MeshRenderer
-from diff2to3.data._store import Store, encode_pngs, run_stage, write_atomically
+from diff2to3.data._run import Workers, run_stage
+from diff2to3.data._store import Store, encode_pngs, write_atomically
 from diff2to3.data._views import condition_views, random_views, sphere_views
 from diff2to3.data._voxelize import voxelize
 
@@ -33,15 +35,24 @@ class RenderSettings(BaseModel):
     seed: int = 0
 
 
-def list_assets(source: Path, index: Path | None) -> list[dict[str, str]]:
-    """Rows ``{id, split, ...}`` of an ``index.csv`` beside the assets, or one row a mesh file, all in split ``train``."""
+def list_assets(source: Path, index: Path | None = None) -> list[dict[str, str]]:
+    """Rows ``{id, split, ...}`` of the assets under a folder.
+
+    They come from ``index`` or ``source/index.csv``; without either, every mesh file is an object of split ``train``.
+
+    Raises:
+        InputError: no asset is found, or the index lacks a column.
+    """
     table = index or source / "index.csv"
     if table.is_file():
-        with table.open(newline="") as file:
-            return list(csv.DictReader(file))
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or not {"id", "split"} <= rows[0].keys():
+            raise InputError(f"{table}: expected a CSV with rows and the columns id, split; got {list(rows[:1])}")
+        return rows
     files = sorted(p for p in source.rglob("*") if p.suffix.lower() in MESH_SUFFIXES)
     if not files:
-        raise ValueError(f"{source}: no {', '.join(MESH_SUFFIXES)} file and no index.csv found")
+        raise InputError(f"{source}: no {', '.join(MESH_SUFFIXES)} file and no index.csv found")
     return [{"id": p.relative_to(source).with_suffix("").as_posix(), "split": "train"} for p in files]
 
 
@@ -56,7 +67,7 @@ def asset_path(source: Path, object_id: str) -> Path:
 
 
 def write_objects(store: Store, rows: list[dict[str, str]]) -> None:
-    """Adds objects to ``objects.csv`` of the data set, or replaces their rows."""
+    """Adds objects to ``objects.csv`` of the data set, or replaces their rows; a data set only grows."""
     if (store.root / "objects.csv").is_file():
         rows = list(({row["id"]: row for row in store.objects()} | {row["id"]: row for row in rows}).values())
     buffer = io.StringIO()
@@ -69,19 +80,20 @@ def write_objects(store: Store, rows: list[dict[str, str]]) -> None:
 def render_objects(
     source: Path, store: Store, ids: list[str], settings: RenderSettings, workers: int
 ) -> dict[str, str]:
-    """Renders every object; returns the failures."""
-    arguments = (str(source), settings.model_dump())
-    return run_stage(
-        store, "render", ids, _render, settings.model_dump(), workers=workers, initializer=_start, initargs=arguments
-    )
+    """Renders every object in ``workers`` processes; returns the failures.
+
+    Raises:
+        RuntimeError: OpenGL does not work here.
+    """
+    MeshRenderer().release()  # say once what is missing, not once an object
+    arguments = settings.model_dump()
+    return run_stage(store, "render", ids, _render, arguments, Workers(workers, _start, (str(source), arguments)))
 
 
 def voxelize_objects(source: Path, store: Store, ids: list[str], grid_size: int, workers: int) -> dict[str, str]:
-    """Surface voxels of every object; returns the failures."""
+    """Surface voxels of every object, in ``workers`` processes; returns the failures."""
     settings = {"grid_size": grid_size}
-    return run_stage(
-        store, "voxels", ids, _voxelize, settings, workers=workers, initializer=_start, initargs=(str(source), settings)
-    )
+    return run_stage(store, "voxels", ids, _voxelize, settings, Workers(workers, _start, (str(source), settings)))
 
 
 _worker: dict[str, Any] = {}  # of a worker process: the assets' folder, settings and the OpenGL context

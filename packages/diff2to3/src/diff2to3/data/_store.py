@@ -1,6 +1,7 @@
 """A data set on disk: one safetensors file an object and stage, a manifest a stage.
 
-``ROOT/objects.csv`` (the rows of the assets' index), ``ROOT/<stage>/<object id>.safetensors``, ``ROOT/<stage>/manifest.json``.
+``ROOT/objects.csv`` holds the rows of the assets' index, ``ROOT/<stage>/<object id>.safetensors`` the tensors, and
+``ROOT/<stage>/manifest.json`` what the last run of the stage did.
 """
 
 from __future__ import annotations
@@ -10,19 +11,16 @@ import io
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from diff2to3._progress import track
+from diff2to3._errors import InputError
 
 
 @dataclass(frozen=True)
@@ -32,22 +30,33 @@ class Store:
     root: Path
 
     def path(self, stage: str, object_id: str) -> Path:
+        """The file of an object in a stage, whether it is there or not."""
         return self.root / stage / f"{object_id.replace('/', '__')}.safetensors"
 
     def objects(self, split: str | None = None) -> list[dict[str, str]]:
         """Rows of ``objects.csv``, those of one split if given."""
         table = self.root / "objects.csv"
         if not table.is_file():
-            raise ValueError(
+            raise InputError(
                 f"{self.root} is not a data set: {table.name} is missing; start with `diff2to3 data render`"
             )
         with table.open(newline="") as file:
             return [row for row in csv.DictReader(file) if split is None or row["split"] == split]
 
     def read(self, stage: str, object_id: str) -> dict[str, np.ndarray]:
+        """The tensors of an object.
+
+        Raises:
+            ValueError: the stage has no (whole) file of this object.
+        """
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        return load_file(self.path(stage, object_id))
+        path = self.path(stage, object_id)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); run `diff2to3 data` for stage {stage!r}") from error
 
     def finished(self, stage: str, settings: Mapping[str, Any], ids: Iterable[str]) -> set[str]:
         """Objects whose file of this stage was made with the same settings."""
@@ -73,6 +82,7 @@ class Store:
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
+    """Writes a whole file or nothing; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -83,6 +93,7 @@ def write_atomically(path: Path, payload: bytes) -> None:
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that change with the settings."""
     return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -94,50 +105,6 @@ def _digest_of(path: Path) -> str | None:
             return json.loads(file.read(length)).get("__metadata__", {}).get("settings")
     except (OSError, ValueError):
         return None
-
-
-def run_stage(
-    store: Store,
-    stage: str,
-    ids: list[str],
-    work: Callable[[str], Mapping[str, np.ndarray]],
-    settings: Mapping[str, Any],
-    *,
-    workers: int = 0,
-    initializer: Callable[..., None] | None = None,
-    initargs: tuple = (),
-) -> dict[str, str]:
-    """Runs ``work(object id) -> tensors`` for every object that lacks this stage; a failing object is recorded, not fatal.
-
-    Args:
-        workers: processes; 0 runs in this one (for work on a GPU).
-
-    Returns:
-        Reason per failed object; it also stands in the stage's manifest.
-    """
-    ready = store.finished(stage, settings, ids)
-    todo = [i for i in ids if i not in ready]
-    failures: dict[str, str] = {}
-
-    def finish(object_id: str, outcome: Callable[[], Mapping[str, np.ndarray]]) -> None:
-        try:
-            store.write(stage, object_id, outcome(), settings)
-        except (ValueError, RuntimeError, BrokenProcessPool) as error:
-            failures[object_id] = f"{type(error).__name__}: {error}"
-
-    if workers:
-        context = get_context("spawn")  # forking a process that holds OpenGL or CUDA state is not safe
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=initializer, initargs=initargs) as pool:
-            futures: dict[Future, str] = {pool.submit(work, object_id): object_id for object_id in todo}
-            for future in track(as_completed(futures), stage, total=len(todo)):
-                finish(futures.pop(future), future.result)
-    else:
-        if initializer is not None:
-            initializer(*initargs)
-        for object_id in track(todo, stage, total=len(todo)):
-            finish(object_id, lambda object_id=object_id: work(object_id))
-    store.write_manifest(stage, settings, len(ids) - len(failures), failures)
-    return failures
 
 
 def encode_pngs(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

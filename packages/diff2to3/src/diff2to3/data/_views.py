@@ -12,7 +12,7 @@ VIEW_FOV_DEGREES = 40.0
 
 @dataclass(frozen=True)
 class Views:
-    """``world_to_camera`` [V, 4, 4] (OpenCV) and ``intrinsics`` [V, 3, 3] in pixels of a ``size`` x ``size`` picture."""
+    """``world_to_camera`` [V, 4, 4] (OpenCV) and ``intrinsics`` [V, 3, 3] in pixels of ``size`` x ``size`` pictures."""
 
     world_to_camera: np.ndarray
     intrinsics: np.ndarray
@@ -63,8 +63,8 @@ def random_views(count: int, size: int, rng: np.random.Generator) -> Views:
 def condition_views(count: int, size: int, rng: np.random.Generator) -> tuple[Views, np.ndarray]:
     """Views a person might photograph from, and their azimuths in degrees.
 
-    Azimuths are stratified over the full turn, elevations uniform in [-5, 40] degrees, fields of view in [20, 60] degrees
-    with the distance that frames the unit cube's sphere.
+    Azimuths are stratified over the full turn, elevations uniform in [-5, 40] degrees, fields of view in [20, 60]
+    degrees with the distance that frames the unit cube's sphere.
     """
     azimuth = (np.arange(count) + rng.uniform(0, 1, count)) * 360 / count
     elevation = rng.uniform(-5, 40, count)
