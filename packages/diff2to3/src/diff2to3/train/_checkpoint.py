@@ -16,6 +16,12 @@ from torch import Tensor, nn
 C = TypeVar("C", bound=BaseModel)
 
 
+class Trained(nn.Module):
+    """What a checkpoint holds: a model that learns, and buffers beside it."""
+
+    model: nn.Module
+
+
 def save_model(folder: Path, config: BaseModel, weights: dict[str, Tensor]) -> None:
     """Writes a model folder, replacing an older one as a whole."""
     fresh = folder.with_name(f".{folder.name}.new")
@@ -51,13 +57,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def save_state(
-    folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]
+    folder: Path, stage: Trained, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]
 ) -> None:
-    """Writes a training checkpoint; the one before stays until this one is whole."""
+    """Writes a training checkpoint of ``stage.model`` and the stage's buffers; the one before stays until then."""
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save_file(_plain(model.state_dict()), fresh / "model.safetensors")
+    save_file(_plain(stage.model.state_dict()), fresh / "model.safetensors")
+    save_file(_plain(dict(stage.named_buffers(recurse=False))), fresh / "buffers.safetensors")
     save_file(_plain(ema.state_dict()), fresh / "ema.safetensors")
     moments, scalars = {}, {}
     for index, entry in optimizer.state_dict()["state"].items():
@@ -71,10 +78,12 @@ def save_state(
     _replace(fresh, folder)
 
 
-def load_state(folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_state(folder: Path, stage: Trained, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restores :func:`save_state`; returns its ``meta``."""
     meta = json.loads((folder / "state.json").read_text())
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    stage.model.load_state_dict(load_file(folder / "model.safetensors"))
+    for name, value in load_file(folder / "buffers.safetensors").items():
+        stage.get_buffer(name).copy_(value)
     ema.load_state_dict(load_file(folder / "ema.safetensors"))
     state: dict[int, dict[str, Any]] = {}
     for key, value in (load_file(folder / "optimizer.safetensors") | meta.pop("optimizer_scalars")).items():

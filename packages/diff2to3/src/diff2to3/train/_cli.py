@@ -24,9 +24,9 @@ def _command(name: str, help_text: str) -> None:
 
         settings = load_config(config, overrides)
         from diff2to3.train._engine import train as run
-        from diff2to3.train.stages import stage_class
+        from diff2to3.train.stages import build_stage
 
-        run(stage_class(name)(settings), settings, resume)
+        run(build_stage(name, settings), settings, resume)
 
 
 _command("autoencoder", "The FLUX-shaped tiny autoencoder (feature extractor).")

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from diff2to3.train._checkpoint import load_state, save_model, save_state
+from diff2to3.train._checkpoint import Trained, load_state, save_model, save_state
 from diff2to3.train._config import TrainConfig
 
 Batch = dict[str, Any]
@@ -28,10 +28,9 @@ class Batches(Protocol):
     def __getitem__(self, step: int) -> Batch: ...
 
 
-class Stage(nn.Module):
+class Stage(Trained):
     """One thing to train: a ``model`` with its loss. Frozen helpers are other submodules with ``requires_grad`` off."""
 
-    model: nn.Module
     model_config: BaseModel
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
@@ -86,7 +85,7 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
     checkpoint = config.out / "checkpoint"
     step, spent = 0, 0.0
     if resume and checkpoint.is_dir():
-        meta = load_state(checkpoint, stage.model, average, optimizer)
+        meta = load_state(checkpoint, stage, average, optimizer)
         step, spent = meta["step"], meta["seconds"]
         accelerator.print(f"resumed {checkpoint} at step {step}")
     wrapped, stepper = accelerator.prepare(stage, optimizer)
@@ -125,7 +124,7 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
             log(step, seconds, {k: v for k, v in figures.items() if k.startswith("val_")})
         if (step % config.checkpoint_every == 0 or done) and accelerator.is_main_process:
             meta = {"step": step, "seconds": time.monotonic() - started}
-            save_state(checkpoint, stage.model, average, optimizer, meta)
+            save_state(checkpoint, stage, average, optimizer, meta)
         if done:
             break
     if accelerator.is_main_process:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch
+
+from diff2to3.train._config import TrainConfig
 from diff2to3.train._engine import Stage
 
 STAGES = {
@@ -15,7 +18,10 @@ STAGES = {
 }
 
 
-def stage_class(name: str) -> type[Stage]:
-    """The stage that ``diff2to3 train NAME`` trains."""
+def build_stage(name: str, config: TrainConfig) -> Stage:
+    """The stage that ``diff2to3 train NAME`` trains; its initial weights follow from the config's seed."""
     module, attribute = STAGES[name].split(":")
-    return getattr(import_module(f"diff2to3.train.stages.{module}"), attribute)
+    stage_class = getattr(import_module(f"diff2to3.train.stages.{module}"), attribute)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return stage_class(config)

@@ -1,0 +1,96 @@
+"""What the stages read: placing, gathering, and that a batch follows from (seed, step) alone."""
+
+import pytest
+import torch
+from diff2to3.data._augment import hue_matrix, mirror_coords, yaw_coords
+from diff2to3.train._batches import (
+    ConditionBatches,
+    ObjectData,
+    OccupancyBatches,
+    PictureBatches,
+    Ragged,
+    ViewBatches,
+    place,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+GRID = 16
+
+
+def _data(config, needs):
+    return ObjectData(config, "train", needs, torch.device("cpu"))
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 1), st.integers(0, 3)), min_size=1, max_size=4))
+def test_place_is_mirror_then_quarter_turns_of_each_object(objects):
+    generator = torch.Generator().manual_seed(0)
+    coords = [torch.randint(GRID, (count, 3), generator=generator) for count, _, _ in objects]
+    batch = torch.arange(len(objects)).repeat_interleave(torch.tensor([len(c) for c in coords]))
+    mirror, turn = (torch.tensor([o[k] for o in objects]) for k in (1, 2))
+    placed = place(torch.cat(coords), batch, mirror, turn, GRID)
+    for index, (own, (_, mirrored, turns)) in enumerate(zip(coords, objects, strict=True)):
+        expected = yaw_coords(mirror_coords(own, GRID) if mirrored else own, turns, GRID)
+        assert torch.equal(placed[batch == index, 1:].long(), expected)
+
+
+def test_ragged_selection_returns_the_rows_of_the_chosen_objects():
+    parts = [torch.full((n, 2), float(n)) for n in (3, 1, 4)]
+    ragged = Ragged(parts, torch.device("cpu"))
+    batch, rows = ragged.select(torch.tensor([2, 0, 2]))
+    assert torch.equal(batch, torch.tensor([0] * 4 + [1] * 3 + [2] * 4))
+    assert torch.equal(ragged.rows[rows], torch.cat([parts[2], parts[0], parts[2]]))
+
+
+@pytest.mark.parametrize("kind", ["pictures", "occupancy", "views", "conditions"])
+def test_a_batch_is_a_function_of_seed_and_step(micro_config, kind):
+    def batches(seed):
+        config = micro_config("flow", seed=seed)
+        return {
+            "pictures": lambda: PictureBatches(_data(config, "render")),
+            "occupancy": lambda: OccupancyBatches(_data(config, "voxels"), GRID),
+            "views": lambda: ViewBatches(_data(config, "features"), GRID),
+            "conditions": lambda: ConditionBatches(_data(config, "latents"), GRID, "view-snapped", latents=True),
+        }[kind]()
+
+    first, again, other = batches(0), batches(0), batches(1)
+    first[0], first[1]  # earlier batches leave no trace
+    one, two = first[5], again[5]
+    assert all(torch.equal(one[k], two[k]) if isinstance(one[k], torch.Tensor) else one[k] == two[k] for k in one)
+    assert first[4]["seed"] != one["seed"] != other[5]["seed"]
+
+
+def test_every_object_is_seen_once_a_pass(micro_config):
+    data = _data(micro_config("flow", batch_size=1), "render")
+    assert sorted(int(data.draw(step)[0]) for step in (0, 1)) == [0, 1]
+    assert sorted(int(data.draw(step)[0]) for step in (6, 7)) == [0, 1]
+
+
+def test_view_snapped_conditions_come_from_within_45_degrees_of_the_front(micro_config):
+    """Turning the voxels back by the camera's quarter turns must reproduce the stored ones."""
+    config = micro_config("structure-flow", batch_size=2)
+    data = _data(config, "voxels")
+    batches = ConditionBatches(data, GRID, "view-snapped", latents=False)
+    canonical = ConditionBatches(data, GRID, "canonical", latents=False)
+    turned = 0
+    for step in range(8):
+        snapped, plain = batches[step], canonical[step]
+        assert torch.equal(snapped["condition"], plain["condition"])
+        for index in range(2):
+            own, base = (b["coords"][b["coords"][:, 0] == index][:, 1:].long() for b in (snapped, plain))
+            turns = [k for k in range(4) if torch.equal(yaw_coords(base, k, GRID), own)]
+            assert turns
+            turned += turns[0] != 0
+    assert turned
+
+
+def test_targets_carry_the_hue_of_their_features(micro_config):
+    batch = ViewBatches(_data(micro_config("vae"), "features"), GRID)[0]
+    assert set(batch["hue"].tolist()) <= {0.0, 120.0}
+    matrix = hue_matrix(torch.tensor([120.0]))[0]
+    assert torch.allclose(matrix @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]), atol=1e-6)
+
+
+def test_an_empty_split_is_a_lookup_error(micro_config):
+    with pytest.raises(LookupError, match="split 'test' has no object"):
+        ObjectData(micro_config("vae"), "test", "render", torch.device("cpu"))

@@ -1,0 +1,70 @@
+"""All five stages at the smallest size, and the pipeline that comes out of them."""
+
+import json
+
+import pytest
+import torch
+from diff2to3.train._assemble import assemble
+from diff2to3.train._engine import train
+from diff2to3.train.stages import STAGES, build_stage
+from PIL import Image
+
+
+@pytest.fixture
+def trained(micro_config, tmp_path):
+    """Run folder with every stage trained for two steps."""
+    for name in STAGES:
+        config = micro_config(name)
+        train(build_stage(name, config), config)
+        if name == "vae":  # what `diff2to3 data latents` writes
+            path = config.out / "model" / "config.json"
+            path.write_text(
+                json.dumps(json.loads(path.read_text()) | {"latent_mean": [0.0] * 8, "latent_std": [1.0] * 8})
+            )
+    return tmp_path
+
+
+def test_the_five_stages_make_a_pipeline_that_generates(trained, tmp_path):
+    from diff2to3 import Pipeline
+
+    count = assemble(trained, tmp_path / "pipe", "micro", threshold=-2.0, structure_guidance=1.0, guidance=1.0, steps=2)
+    pipeline = Pipeline.from_pretrained(tmp_path / "pipe")
+    assert pipeline.config.frame == "view-snapped"
+    stored = sum(file.stat().st_size for file in (tmp_path / "pipe").glob("*.safetensors"))
+    assert stored == pytest.approx(2 * count, rel=0.3)  # fp16
+    picture = Image.new("RGBA", (40, 40))
+    picture.paste((200, 30, 30, 255), (10, 10, 30, 30))
+    asset = pipeline(picture, seed=1)
+    assert len(asset.gaussians) == 2 * len(asset.voxels)
+
+
+def test_stage_two_refuses_a_vae_without_statistics(micro_config):
+    from diff2to3._errors import InputError
+
+    for name in ("autoencoder", "vae"):
+        config = micro_config(name)
+        train(build_stage(name, config), config)
+    with pytest.raises(InputError, match="latent statistics are missing"):
+        build_stage("flow", micro_config("flow"))
+
+
+def test_the_decoder_alone_can_go_on_and_leaves_the_latents_as_they_are(micro_config, tmp_path):
+    config = micro_config("vae")
+    train(build_stage("vae", config), config)
+    more = micro_config("vae", parts={"vae": config.out / "model"}, out=tmp_path / "more", learning_rate=1e-2)
+    stage = build_stage("vae", more)
+    before = {k: v.clone() for k, v in stage.model.state_dict().items()}
+    train(stage, more)
+    after = stage.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("decoder.") for name in changed)
+
+
+def test_autoencoder_statistics_normalise_the_features(micro_config):
+    config = micro_config("autoencoder", steps=4)
+    stage = build_stage("autoencoder", config)
+    train(stage, config)
+    settings = json.loads((config.out / "model" / "config.json").read_text())
+    assert len(settings["channel_mean"]) == len(settings["channel_std"]) == 16
+    assert min(settings["channel_std"]) > 0
