@@ -1,0 +1,1 @@
+"""Textured objects from formulas: surfaces (shape), patterns (colour), bake (light, texture), families (objects)."""

@@ -1,0 +1,52 @@
+"""Textured objects of the project's own making, for examples, tests and users without a data set."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diff2to3._progress import track
+from diff2to3.data._procedural._bake import bake
+from diff2to3.data._procedural._families import FAMILIES
+from diff2to3.data._procedural._surfaces import Builder
+from diff2to3.data._store import write_atomically
+
+LICENCE = "CC0-1.0"
+_SPLITS = ("train",) * 8 + ("val", "test")
+
+
+def make_object(family: str, seed: int, number: int) -> Any:
+    """Object ``number`` of a seed as a ``trimesh.Trimesh`` (y up); the same arguments give the same object."""
+    builder = Builder()
+    FAMILIES[family](builder, np.random.default_rng([seed, number]))
+    return bake(builder.patches)
+
+
+def synthesize(out: Path, count: int, seed: int) -> list[dict[str, str]]:
+    """Writes ``count`` objects as ``out/<id>.glb`` and their ``out/index.csv`` (id, split, family, licence).
+
+    Families take turns; of every ten rounds of families eight are in split train, one in val and one in test. The
+    objects of a smaller count are the first of a larger one.
+    """
+    rows = []
+    names = list(FAMILIES)
+    for number in track(range(count), "synthesize", total=count):
+        family = names[number % len(names)]
+        row = {
+            "id": f"{family}-{seed}-{number:05d}",
+            "split": _SPLITS[number // len(names) % len(_SPLITS)],
+            "family": family,
+            "licence": LICENCE,
+        }
+        write_atomically(out / f"{row['id']}.glb", make_object(family, seed, number).export(file_type="glb"))
+        rows.append(row)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out / "index.csv", buffer.getvalue().encode())
+    return rows
