@@ -11,14 +11,16 @@ class FluxFeaturesConfig(BaseModel):
     """Which autoencoder turns pictures into feature maps, and how its latents are normalised.
 
     Attributes:
-        architecture: ``"tiny"`` is diffusers' ``AutoencoderTiny`` layout (images mapped to [0, 1] inside),
-            ``"kl"`` is diffusers' ``AutoencoderKL`` as FLUX.1 ships it (16 channels, no quant convolutions).
+        architecture: ``"tiny"`` is the layout of TAEF1, TAEF2 and diffusers' ``AutoencoderTiny``; ``"kl"`` is
+            diffusers' ``AutoencoderKL`` as FLUX.1 ships it (no quant convolutions, attention in the middle).
         latent_channels: channels of the feature map.
         image_size: side in pixels of the square condition image the rest of a pipeline was trained with.
         shift: features are ``scale * (z - shift)``; FLUX.1 uses 0.1159 and 0.3611.
         scale: see ``shift``.
-        encoder_blocks: residual blocks per resolution of the tiny encoder, full resolution first.
-        decoder_blocks: residual blocks per resolution of the tiny decoder, coarsest first.
+        encoder_blocks: ``"tiny"``: residual blocks per resolution of the encoder, full resolution first.
+        decoder_blocks: ``"tiny"``: residual blocks per resolution of the decoder, coarsest first.
+        normalised_blocks: ``"tiny"``: the coarsest blocks have a branch with a group norm (TAEF2).
+        block_channels: ``"kl"``: widths per resolution, full resolution first, multiples of 32.
         channel_mean: per-channel mean of ``scale * (z - shift)`` over a data set; subtracted.
         channel_std: per-channel standard deviation over the same data set; divided by.
     """
@@ -28,33 +30,50 @@ class FluxFeaturesConfig(BaseModel):
     architecture: Literal["tiny", "kl"] = "tiny"
     latent_channels: int = Field(default=16, ge=1)
     image_size: int = Field(default=256, ge=16, multiple_of=16)
-    shift: float = 0.0
-    scale: float = Field(default=1.0, gt=0)
+    shift: float = Field(default=0.0, allow_inf_nan=False)
+    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     encoder_blocks: tuple[int, ...] = (1, 1, 1, 2)
     decoder_blocks: tuple[int, ...] = (1, 1, 1, 1)
+    normalised_blocks: bool = False
+    block_channels: tuple[int, ...] = (128, 256, 512, 512)
     channel_mean: tuple[float, ...] | None = None
     channel_std: tuple[float, ...] | None = None
 
     @model_validator(mode="after")
-    def _statistics_fit(self) -> FluxFeaturesConfig:
+    def _fits(self) -> FluxFeaturesConfig:
         for name in ("channel_mean", "channel_std"):
             value = getattr(self, name)
             if value is not None and len(value) != self.latent_channels:
                 raise ValueError(f"{name} has {len(value)} values, expected latent_channels = {self.latent_channels}")
-        if self.architecture == "tiny" and (len(self.encoder_blocks) != 4 or len(self.decoder_blocks) != 4):
-            raise ValueError("encoder_blocks and decoder_blocks need 4 entries each: the feature map is at 1/8")
+        if self.channel_std is not None and not all(0 < value < float("inf") for value in self.channel_std):
+            raise ValueError(f"channel_std must be positive and finite, got {self.channel_std}")
+        for name in ("encoder_blocks", "decoder_blocks", "block_channels"):
+            if len(getattr(self, name)) != 4:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected 4 entries, the feature map is at 1/8")
+        if any(width < 32 or width % 32 for width in self.block_channels):
+            raise ValueError(
+                f"block_channels = {self.block_channels}: expected multiples of 32, the groups of the norms"
+            )
         return self
 
     @classmethod
     def preset(cls, name: str) -> FluxFeaturesConfig:
-        """``tiny`` (embedded pipeline), ``small`` (TAEF1-sized autoencoder, 512 px) or ``paper`` (FLUX.1's own)."""
+        """A configuration by name.
+
+        ``tiny``: the embedded pipeline's, 1.24 M parameters, 256 px. ``small``: the same layout in TAEF1's size,
+        2.4 M, 512 px. ``paper``: FLUX.1's own, 83.8 M, 512 px. ``taef1`` and ``taef2``: the public tiny autoencoders of
+        FLUX.1 (16 channels) and FLUX.2 (32 channels).
+        """
         if name not in _PRESETS:
             raise ValueError(f"no FluxFeaturesConfig preset {name!r}; expected one of {', '.join(_PRESETS)}")
         return _PRESETS[name]
 
 
+_TAEF1 = FluxFeaturesConfig(image_size=512, encoder_blocks=(1, 3, 3, 3), decoder_blocks=(3, 3, 3, 1))
 _PRESETS = {
     "tiny": FluxFeaturesConfig(),
-    "small": FluxFeaturesConfig(image_size=512, encoder_blocks=(1, 3, 3, 3), decoder_blocks=(3, 3, 3, 1)),
+    "small": _TAEF1,
     "paper": FluxFeaturesConfig(architecture="kl", image_size=512, shift=0.1159, scale=0.3611),
+    "taef1": _TAEF1,
+    "taef2": _TAEF1.model_copy(update={"latent_channels": 32, "normalised_blocks": True}),
 }

@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from flux_features._config import FluxFeaturesConfig
-
-_KL_LAYOUT: dict[str, Any] = {  # FLUX.1's autoencoder: black-forest-labs/flux, util.py and modules/autoencoder.py
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "mid_block_add_attention": True,
-}
+from flux_features._tiny_autoencoder import TinyAutoencoder
+from flux_features._weights import find_files, load_strictly, published_scaling
 
 
 class FluxFeatures(nn.Module):
     """FLUX-shaped autoencoder as a feature extractor.
 
-    ``features = (scale * (z - shift) - channel_mean) / channel_std`` with z the (mean) latent. The decoder is kept so
-    that a feature map can be looked at and the autoencoder trained.
+    ``features = (scale * (z - shift) - channel_mean) / channel_std`` with z the latent (of ``"kl"`` the mean, without
+    noise). The decoder is kept so that a feature map can be looked at and the autoencoder trained.
 
-    Shapes: images ``[B, 3, H, W]`` float RGB in [0, 1]; feature map ``[B, C, H/8, W/8]``; tokens ``[B, h/2, w/2, 4C]``.
+    Shapes: images ``[B, 3, H, W]`` float RGB in [0, 1]; feature map ``[B, C, h, w]``, h = 2 ceil(H / 16), likewise w;
+    tokens ``[B, h/2, w/2, 4C]``.
+
+    A picture whose sides are not multiples of 16 (stride 8, patches of 2 x 2) is padded at its right and bottom by
+    repeating its last column and row: cell (i, j) always covers pixels [8i, 8i + 8) x [8j, 8j + 8).
+
+    Pictures are cast to the dtype of the weights, which is the dtype of the features; the statistics stay float32.
     """
 
     stride = 8
     patch = 2
+    channel_mean: Tensor
+    channel_std: Tensor
 
     def __init__(self, config: FluxFeaturesConfig) -> None:
         super().__init__()
         self.config = config
         self.autoencoder = _build(config)
-        mean = torch.tensor(config.channel_mean or [0.0] * config.latent_channels)
-        std = torch.tensor(config.channel_std or [1.0] * config.latent_channels)
         # Statistics live in the config as fp32 numbers, not in the weights file, so that fp16 weights keep them exact.
-        self.register_buffer("channel_mean", mean.view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("channel_std", std.view(1, -1, 1, 1), persistent=False)
+        for name, value in self._statistics().items():
+            self.register_buffer(name, value, persistent=False)
 
     @property
     def channels(self) -> int:
@@ -58,94 +55,111 @@ class FluxFeatures(nn.Module):
         return self.config.image_size
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """Feature maps of images in [0, 1]; sides must be multiples of 16 (stride 8, 2x2 patches)."""
-        height, width = images.shape[-2:]
+        """Feature maps of images in [0, 1] of any size."""
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
+            raise ValueError(f"expected float images [B, 3, H, W] in [0, 1], got {images.dtype} {tuple(images.shape)}")
         side = self.stride * self.patch
-        if images.ndim != 4 or images.shape[1] != 3 or height % side or width % side:
-            raise ValueError(
-                f"expected images [B, 3, H, W] with H and W multiples of {side}, got {tuple(images.shape)}"
-            )
-        return (self._latent(images) - self.channel_mean) / self.channel_std
+        bottom, right = -images.shape[-2] % side, -images.shape[-1] % side
+        if bottom or right:
+            images = F.pad(images, (0, right, 0, bottom), mode="replicate")
+        latent = self.config.scale * (self._latent(images.to(self._dtype)).float() - self.config.shift)
+        return ((latent - self.channel_mean) / self.channel_std).to(self._dtype)
 
     def tokens(self, feature_map: Float[Tensor, "B C h w"]) -> Float[Tensor, "B i j D"]:
-        """2x2 patches of a feature map, row-major, D = 4C (channel, row, column order inside a patch)."""
-        batch, channels, height, width = feature_map.shape
-        p = self.patch
-        patches = feature_map.reshape(batch, channels, height // p, p, width // p, p)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // p, width // p, channels * p * p)
+        """2x2 patches of a feature map, row-major; D = 4C in the order FLUX packs: channel, row, column."""
+        if feature_map.shape[-2] % self.patch or feature_map.shape[-1] % self.patch:
+            raise ValueError(f"expected a feature map with even sides, got {tuple(feature_map.shape)}")
+        return F.pixel_unshuffle(feature_map, self.patch).permute(0, 2, 3, 1).contiguous()
 
-    def decode(self, feature_map: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Images in [0, 1] (not clamped) of feature maps: the inverse of calling the module, up to what it loses."""
-        latent = (feature_map * self.channel_std + self.channel_mean) / self.config.scale + self.config.shift
-        return self.autoencoder.decode(latent).sample.add(1).div(2)
-
-    def _latent(self, images: Tensor) -> Tensor:
-        posterior = self.autoencoder.encode(images * 2 - 1)
-        latent = posterior.latents if self.config.architecture == "tiny" else posterior.latent_dist.mode()
-        return self.config.scale * (latent - self.config.shift)
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> FluxFeatures:
-        """Real FLUX.1 autoencoder weights.
+    def decode(
+        self, feature_map: Float[Tensor, "B C h w"], size: tuple[int, int] | None = None
+    ) -> Float[Tensor, "B 3 H W"]:
+        """Images in [0, 1] (not clamped) of feature maps: the inverse of calling the module, up to what it loses.
 
         Args:
-            source: a diffusers directory (``config.json`` + ``diffusion_pytorch_model.safetensors``), a single
-                ``ae.safetensors`` in the black-forest-labs layout, or a Hub id such as ``black-forest-labs/FLUX.1-schnell``
-                (its ``vae`` subfolder is fetched).
+            feature_map: ``[B, C, h, w]``.
+            size: (height, width) of the picture before it was padded, to cut the padding off; None keeps 8h x 8w.
+        """
+        latent = (feature_map.float() * self.channel_std + self.channel_mean) / self.config.scale + self.config.shift
+        latent = latent.to(self._dtype)
+        if isinstance(self.autoencoder, TinyAutoencoder):
+            images = self.autoencoder.decode(latent)
+        else:
+            images = self.autoencoder.decode(latent).sample.add(1).div(2)
+        return images if size is None else images[..., : size[0], : size[1]]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.autoencoder.parameters()).dtype
+
+    def _latent(self, images: Tensor) -> Tensor:
+        if isinstance(self.autoencoder, TinyAutoencoder):
+            return self.autoencoder.encode(images)
+        return self.autoencoder.encode(images * 2 - 1).latent_dist.mode()
+
+    def _statistics(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        count = self.config.latent_channels
+        mean, std = self.config.channel_mean or (0.0,) * count, self.config.channel_std or (1.0,) * count
+        values = {"channel_mean": mean, "channel_std": std}
+        return {name: torch.tensor(value, device=device).view(1, -1, 1, 1) for name, value in values.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FluxFeatures:
+        super()._apply(fn, recurse)
+        for name, value in self._statistics(self.channel_mean.device).items():  # half() would have rounded them
+            setattr(self, name, value)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, config: FluxFeaturesConfig | None = None, *, revision: str | None = None
+    ) -> FluxFeatures:
+        """An extractor with published weights, in float32 and eval mode.
+
+        Args:
+            source: a file, a directory or a Hub id. For FLUX.1's autoencoder: ``ae.safetensors`` in the
+                black-forest-labs layout, a diffusers directory (of the autoencoder, or of a pipeline with a ``vae``
+                folder), or an id such as ``black-forest-labs/FLUX.1-schnell``. For the tiny ones: a file or directory
+                in diffusers' layout, one of the pair ``*_encoder.safetensors`` and ``*_decoder.safetensors`` or the
+                directory that has the pair, or ``madebyollin/taef1``, ``madebyollin/taef2``.
+            config: the layout; None is ``FluxFeaturesConfig.preset("paper")``. Scale and shift that a ``config.json``
+                beside the weights states replace those of the layout.
             revision: Hub revision, for Hub ids.
 
         Raises:
-            ValueError: the file is not a FLUX autoencoder (missing, unexpected or misshapen tensors are named).
+            ValueError: the weights are not of this layout (missing, unexpected or misshapen tensors are named), or a
+                file cannot be read.
+            FileNotFoundError: there is no such file, directory or Hub repository.
+            PermissionError: the Hub wants a licence accepted first.
+            ConnectionError: the Hub cannot be reached.
         """
-        path = Path(source)
-        model = cls(FluxFeaturesConfig.preset("paper"))
-        if path.is_file():
-            model.autoencoder.load_state_dict(_read_bfl(path, model.autoencoder))
-            return model
-        from diffusers import AutoencoderKL
-
-        if path.is_dir():
-            folder = path / "vae" if (path / "vae").is_dir() else path
-            model.autoencoder = AutoencoderKL.from_pretrained(folder)
-        else:
-            model.autoencoder = AutoencoderKL.from_pretrained(str(source), subfolder="vae", revision=revision)
-        found = model.autoencoder.config.latent_channels
-        if found != model.config.latent_channels:
-            raise ValueError(f"{source} has {found} latent channels, expected FLUX.1's {model.config.latent_channels}")
-        return model
+        config = FluxFeaturesConfig.preset("paper") if config is None else config
+        is_tiny = config.architecture == "tiny"
+        hub_file = "diffusion_pytorch_model.safetensors"
+        if not is_tiny:
+            hub_file = f"vae/{hub_file}"
+        elif config.normalised_blocks:
+            hub_file = "taef2.safetensors"
+        files, config_file = find_files(source, is_tiny, hub_file, revision)
+        model = cls(FluxFeaturesConfig.model_validate(config.model_dump() | published_scaling(config_file)))
+        load_strictly(model.autoencoder, files)
+        return model.eval()
 
 
-def _build(config: FluxFeaturesConfig) -> nn.Module:
-    if config.architecture == "kl":
-        from diffusers import AutoencoderKL
-
-        return AutoencoderKL(latent_channels=config.latent_channels, **_KL_LAYOUT)
-    from diffusers import AutoencoderTiny
-
-    return AutoencoderTiny(
-        latent_channels=config.latent_channels,
-        num_encoder_blocks=config.encoder_blocks,
-        num_decoder_blocks=config.decoder_blocks,
-    )
-
-
-def _read_bfl(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """State dict of a black-forest-labs ``ae.safetensors`` in diffusers' names, checked against ``model``."""
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        source = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    converted = convert_ldm_vae_checkpoint(source, _KL_LAYOUT)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in converted.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise ValueError(
-            f"{path}: not a FLUX.1 autoencoder; {len(wrong)} tensors differ, first {wrong[0]}: "
-            f"got {found.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}"
+def _build(config: FluxFeaturesConfig) -> Any:
+    if config.architecture == "tiny":
+        return TinyAutoencoder(
+            config.latent_channels, config.encoder_blocks, config.decoder_blocks, config.normalised_blocks
         )
-    return {name: value.float() for name, value in converted.items()}
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(  # FLUX.1's autoencoder: black-forest-labs/flux, util.py and modules/autoencoder.py
+        latent_channels=config.latent_channels,
+        block_out_channels=config.block_channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        norm_num_groups=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=True,
+    )

@@ -14,7 +14,7 @@ from gs_render import Camera
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 64 * 2**20  # samples x channels held at once; 256 MB in fp32
+_CHUNK_ELEMENTS = 32 * 2**20  # views x points x channels sampled at once: 128 MB in float32, two or three times over
 
 
 def voxel_centres(coords: Int[Tensor, "L 3"], grid_size: int) -> Float[Tensor, "L 3"]:
@@ -34,70 +34,90 @@ def lift_features(
 ) -> Float[Tensor, "L C"]:
     """Mean over views of the bilinearly sampled feature at each point's projection.
 
+    Differentiable in the feature maps, the points and the cameras. Without gradients the memory beyond inputs and
+    result is about 0.5 GB at most, whatever the number of views and points.
+
     Args:
-        feature_maps: one map per view; texel (0, 0) covers the image's top-left corner (pixel centres at +0.5).
-        cameras: V cameras; their intrinsics refer to ``cameras.width x cameras.height`` pixels, which the maps tile evenly.
+        feature_maps: one map per view that tiles the whole image: cell (i, j) of h x w is centred at pixel
+            ``((j + 0.5) width / w, (i + 0.5) height / h)``, pixel centres being at +0.5. Between cells features are
+            interpolated; within half a cell of the image's edge they are those of the outermost cell.
+        cameras: V cameras of ``cameras.width x cameras.height`` pixels.
         points: world positions, usually :func:`voxel_centres`.
         visibility: ``"all"`` averages every view whether or not the surface hides the point (paper, TRELLIS);
             ``"depth"`` only views whose depth map says that the point is not hidden. A point that no view sees falls
             back to all views.
         depth: view-space z of the nearest surface for ``"depth"``, any resolution, ``inf`` for background.
         depth_tolerance: world units by which a point may lie behind the recorded surface and still count as seen.
-        out_of_frame: a projection outside the frame (or behind the camera) counts as a zero feature (TRELLIS) or is left
-            out of the mean. Under ``visibility="depth"`` it is always left out.
+        out_of_frame: a projection outside the frame (or behind the camera) counts as a zero feature (TRELLIS), or is
+            left out of the mean; a point outside every frame is zero. Under ``visibility="depth"`` it is always left
+            out.
 
     Returns:
-        Features ``[L, C]`` in the dtype of ``feature_maps``; positions are computed in float32 or better.
+        Features ``[L, C]`` in the dtype of ``feature_maps``; positions, samples and sums are float32 or better.
 
     Raises:
-        ValueError: numbers of views disagree, or ``visibility="depth"`` without depth maps.
+        ValueError: numbers of views disagree, an option is unknown, or ``visibility="depth"`` has no depth maps.
     """
-    num_views, channels = feature_maps.shape[:2]
-    if cameras.world_to_camera.shape[0] != num_views:
-        raise ValueError(
-            f"got {num_views} feature maps and {cameras.world_to_camera.shape[0]} cameras, expected as many"
-        )
-    if visibility == "depth" and (depth is None or depth.shape[0] != num_views):
-        raise ValueError(
-            f"visibility='depth' needs depth maps [V={num_views}, h, w], got {None if depth is None else tuple(depth.shape)}"
-        )
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, num_views * channels))
-    parts = [
-        _lift_chunk(feature_maps, cameras, part, visibility, depth, depth_tolerance, out_of_frame)
-        for part in points.split(chunk)
-    ]
-    return torch.cat(parts) if parts else feature_maps.new_zeros(0, channels)
+    _check(feature_maps, cameras, points, visibility, depth, out_of_frame)
+    dtype = torch.promote_types(feature_maps.dtype, torch.float32)
+    maps, points = feature_maps.to(dtype), points.to(torch.promote_types(points.dtype, torch.float32))
+    if depth is not None:
+        depth = depth.to(points)
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, feature_maps.shape[0] * feature_maps.shape[1]))
+    matrix = _projection(cameras, points)
+    parts = []
+    for part in points.split(chunk):
+        grid, z, inside = _project(matrix, cameras, part)
+        every_view = inside if out_of_frame == "exclude" else torch.ones_like(inside)
+        counted = every_view if visibility == "all" else _visible(grid, z, inside, every_view, depth, depth_tolerance)
+        sampled = F.grid_sample(maps, grid[:, None].to(dtype), padding_mode="border", align_corners=False)[:, :, 0]
+        total = sampled.mul_((counted & inside)[:, None]).sum(0)  # [V, C, L] -> [C, L]
+        parts.append((total / counted.sum(0).clamp_min(1)).T)
+    return torch.cat(parts).to(feature_maps.dtype)
 
 
-def _lift_chunk(
-    feature_maps: Tensor,
-    cameras: Camera,
-    points: Tensor,
-    visibility: str,
-    depth: Tensor | None,
-    depth_tolerance: float,
-    out_of_frame: str,
-) -> Tensor:
-    pose = cameras.world_to_camera.to(points)
-    intrinsics = cameras.intrinsics.to(points)
-    view_space = points @ pose[:, :3, :3].mT + pose[:, None, :3, 3]  # [V, L, 3]
-    z = view_space[..., 2]
-    pixels = (view_space @ intrinsics.mT)[..., :2] / z.clamp_min(1e-6)[..., None]
-    size = torch.tensor([cameras.width, cameras.height], dtype=points.dtype, device=points.device)
-    grid = pixels / size * 2 - 1  # grid_sample's [-1, 1] spans pixel edges: align_corners=False
+def _check(
+    feature_maps: Tensor, cameras: Camera, points: Tensor, visibility: str, depth: Tensor | None, out_of_frame: str
+) -> None:
+    if feature_maps.ndim != 4 or len(cameras) != len(feature_maps) or not len(cameras):
+        raise ValueError(
+            f"expected a feature map [V, C, h, w] for each camera, got {tuple(feature_maps.shape)} "
+            f"and {len(cameras)} cameras"
+        )
+    if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point():
+        raise ValueError(f"expected float points [L, 3], got {points.dtype} {tuple(points.shape)}")
+    if visibility not in ("all", "depth"):
+        raise ValueError(f"visibility = {visibility!r}: expected 'all' or 'depth'")
+    if out_of_frame not in ("zeros", "exclude"):
+        raise ValueError(f"out_of_frame = {out_of_frame!r}: expected 'zeros' or 'exclude'")
+    if visibility == "depth" and (depth is None or depth.ndim != 3 or len(depth) != len(cameras)):
+        got = None if depth is None else tuple(depth.shape)
+        raise ValueError(f"visibility='depth' needs depth maps [V={len(cameras)}, h, w], got {got}")
+
+
+def _projection(cameras: Camera, points: Tensor) -> Tensor:
+    """[V, 3, 4] world -> pixels times depth. Spelled out, because TF32 and autocast would round a matrix product."""
+    pose, intrinsics = cameras.world_to_camera.to(points), cameras.intrinsics.to(points)
+    return (intrinsics[..., None] * pose[:, None, :3]).sum(2)
+
+
+def _project(matrix: Tensor, cameras: Camera, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Place in the frame [V, L, 2] in grid_sample's units, depth [V, L], and whether it is in the frame [V, L]."""
+    x, y, z = (
+        sum((row[:, k, None] * points[:, k] for k in range(3)), start=row[:, 3, None]) for row in matrix.unbind(1)
+    )
+    depth = z.clamp_min(1e-6)
+    # grid_sample's [-1, 1] spans the image from edge to edge (align_corners=False).
+    grid = torch.stack([x / depth * (2 / cameras.width) - 1, y / depth * (2 / cameras.height) - 1], -1)
     inside = (grid.abs() <= 1).all(-1) & (z > 0)
-    grid = torch.where(inside[..., None], grid, torch.zeros_like(grid))  # keeps NaN and far samples out
+    return torch.where(inside[..., None], grid, 0.0), z, inside  # keeps infinite and far samples out
 
-    sampled = F.grid_sample(
-        feature_maps, grid[:, None].to(feature_maps.dtype), mode="bilinear", padding_mode="border", align_corners=False
-    )[:, :, 0]  # [V, C, L]
-    inside_weight = inside.to(feature_maps.dtype)
-    every_view = inside_weight if out_of_frame == "exclude" else torch.ones_like(inside_weight)
-    weight = every_view
-    if visibility == "depth":
-        assert depth is not None
-        surface = F.grid_sample(depth[:, None].to(points), grid[:, None], mode="nearest", align_corners=False)[:, 0, 0]
-        seen = inside & (z <= surface + depth_tolerance)
-        weight = torch.where(seen.any(0), seen.to(feature_maps.dtype), every_view)
-    total = torch.einsum("vcl,vl->lc", sampled, weight * inside_weight)
-    return total / weight.sum(0).clamp_min(1)[:, None]
+
+def _visible(
+    grid: Tensor, z: Tensor, inside: Tensor, otherwise: Tensor, depth: Tensor | None, tolerance: float
+) -> Tensor:
+    """Which views see which point [V, L]; for a point that none sees, `otherwise`."""
+    assert depth is not None
+    surface = F.grid_sample(depth[:, None], grid[:, None], mode="nearest", padding_mode="border", align_corners=False)
+    seen = inside & (z <= surface[:, 0, 0] + tolerance)
+    return torch.where(seen.any(0), seen, otherwise)
