@@ -11,6 +11,14 @@ def diff2to3_components() -> list[ComponentSpec]:
             name="flux",
             target="flux_features:FluxFeatures",
             config="flux_features:FluxFeaturesConfig",
-            api=1,
+        ),
+        ComponentSpec(
+            role="feature_extractor",
+            name="dino",
+            target="flux_features:DinoFeatures",
+            config="flux_features:DinoFeaturesConfig",
+            requires=("transformers",),
+            install="flux-features[dino]",
+            weights="own",
         ),
     ]
