@@ -133,4 +133,7 @@ def latent_statistics(store: Store, ids: list[str]) -> tuple[list[float], list[f
     if not count:
         raise InputError(f"{store.root}: no latents found; run `diff2to3 data latents` first")
     mean = np.asarray(total) / count
-    return mean.tolist(), np.sqrt(np.asarray(squares) / count - mean**2).tolist()
+    std = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0))
+    if not (std > 0).all():
+        raise InputError(f"{store.root}: latent channels {np.flatnonzero(std == 0).tolist()} never vary; train the VAE")
+    return mean.tolist(), std.tolist()

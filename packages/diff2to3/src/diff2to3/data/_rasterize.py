@@ -66,6 +66,12 @@ class MeshRenderer:
             RGBA uint8 ``[V, size, size, 4]`` with straight alpha, and float32 ``[V, size // 4, size // 4]`` view-space
             z of the nearest surface at the centre of each 4x4 pixel block (``inf`` for background).
         """
+        with self.context:  # another renderer of this process may have been the current one
+            return self._render(mesh, world_to_camera, intrinsics, size)
+
+    def _render(
+        self, mesh: Mesh, world_to_camera: np.ndarray, intrinsics: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         arrays, textures = self._upload(mesh)
         try:
             images = np.empty((len(world_to_camera), size, size, 4), np.uint8)

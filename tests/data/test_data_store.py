@@ -1,0 +1,174 @@
+"""The data set on disk: whole files or none, work done once, failures on record."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from diff2to3.data._render_stage import asset_path, list_assets, write_objects
+from diff2to3.data._run import Workers, run_stage
+from diff2to3.data._store import Store, decode_png, encode_pngs
+from safetensors.numpy import load_file
+
+
+class Work:
+    """Tensors of an object, a failure for those named bad; remembers what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, object_id):
+        self.asked.append(object_id)
+        if object_id.startswith("bad"):
+            raise ValueError(f"{object_id}.glb: no triangles\nfound")
+        return {"name": np.frombuffer(object_id.encode(), np.uint8)}
+
+
+def test_second_run_does_nothing_and_changed_settings_redo(tmp_path):
+    store, work, ids = Store(tmp_path), Work(), ["a", "pack/b"]
+    assert run_stage(store, "s", ids, work, {"n": 1}) == {}
+    assert work.asked == ids
+    assert store.read("s", "pack/b")["name"].tobytes() == b"pack/b"
+    run_stage(store, "s", ids, work, {"n": 1})
+    assert work.asked == ids
+    run_stage(store, "s", ids, work, {"n": 2})
+    assert work.asked == ids * 2
+
+
+def test_failures_are_skipped_recorded_and_tried_again(tmp_path):
+    store, work = Store(tmp_path), Work()
+    failures = run_stage(store, "s", ["a", "bad1", "c"], work, {})
+    assert failures == {"bad1": "ValueError: bad1.glb: no triangles found"}
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert manifest["failures"] == failures
+    assert manifest["objects"] == 2
+    assert not store.path("s", "bad1").exists()
+    work.asked.clear()
+    run_stage(store, "s", ["a", "bad1", "c"], work, {})
+    assert work.asked == ["bad1"]
+
+
+def test_half_a_file_is_made_again(tmp_path):
+    store, work = Store(tmp_path), Work()
+    run_stage(store, "s", ["a"], work, {})
+    path = store.path("s", "a")
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(ValueError, match="cannot be read"):
+        store.read("s", "a")
+    run_stage(store, "s", ["a"], work, {})
+    assert work.asked == ["a", "a"]
+    assert store.read("s", "a")["name"].tobytes() == b"a"
+
+
+def test_faults_of_the_program_are_not_hidden(tmp_path):
+    def work(object_id):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        run_stage(Store(tmp_path), "s", ["a"], work, {})
+
+
+@pytest.fixture
+def stage_work(tmp_path, monkeypatch):
+    """A module that worker processes can import."""
+    (tmp_path / "stage_work_for_test.py").write_text(
+        textwrap.dedent("""
+        import os, signal, time
+        import numpy as np
+
+        state = {}
+
+        def start(value):
+            state["value"] = value
+
+        def work(object_id):
+            if object_id == "killer":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if object_id == "bad":
+                raise ValueError("no triangles")
+            time.sleep(0.01)
+            return {"value": np.array([state["value"]])}
+        """)
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import stage_work_for_test
+
+    yield stage_work_for_test
+    sys.modules.pop("stage_work_for_test")
+
+
+def test_a_dying_worker_costs_only_the_object_that_killed_it(tmp_path, stage_work):
+    ids = ["a", "b", "killer", "bad", *(f"c{k}" for k in range(8))]
+    store = Store(tmp_path / "set")
+    failures = run_stage(store, "s", ids, stage_work.work, {}, Workers(2, stage_work.start, (7,)))
+    assert set(failures) == {"killer", "bad"}
+    assert "BrokenProcessPool" in failures["killer"]
+    for object_id in set(ids) - set(failures):
+        assert store.read("s", object_id)["value"] == [7]
+
+
+def test_kill_9_leaves_whole_files_only(tmp_path):
+    script = textwrap.dedent(f"""
+        from pathlib import Path
+        import numpy as np
+        from diff2to3.data._store import Store
+        store, k = Store(Path({str(tmp_path)!r})), 0
+        while True:
+            store.write("s", f"o{{k % 50}}", {{"x": np.full(500_000, k)}}, {{"n": 1}})
+            k += 1
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("s/*.safetensors"))) < 10 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    files = list(tmp_path.glob("s/*.safetensors"))
+    assert len(files) >= 10
+    for file in files:
+        values = load_file(file)["x"]
+        assert len(values) == 500_000
+        assert (values == values[0]).all()
+
+
+def test_pngs_are_lossless():
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 20, 4), np.uint8)
+    data, bounds = encode_pngs(images)
+    for index in range(3):
+        np.testing.assert_array_equal(decode_png(data, bounds, index), images[index])
+    assert data[bounds[1] : bounds[2]].tobytes().startswith(b"\x89PNG")
+
+
+def test_objects_only_grow(tmp_path):
+    store = Store(tmp_path)
+    write_objects(store, [{"id": "a", "split": "train"}, {"id": "b", "split": "val"}])
+    write_objects(store, [{"id": "b", "split": "test"}, {"id": "c", "split": "train"}])
+    assert {row["id"]: row["split"] for row in store.objects()} == {"a": "train", "b": "test", "c": "train"}
+    assert [row["id"] for row in store.objects("train")] == ["a", "c"]
+
+
+def test_a_folder_without_objects_is_no_data_set(tmp_path):
+    with pytest.raises(ValueError, match=r"not a data set.*data render"):
+        Store(tmp_path).objects()
+
+
+def test_assets_are_listed_from_the_index_or_from_files(tmp_path):
+    with pytest.raises(ValueError, match=r"no .*glb"):
+        list_assets(tmp_path)
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "b.obj").touch()
+    (tmp_path / "a.GLB").touch()
+    assert [row["id"] for row in list_assets(tmp_path)] == ["a", "pack/b"]
+    assert asset_path(tmp_path, "pack/b").name == "b.obj"
+    with pytest.raises(ValueError, match="no mesh file for 'x'"):
+        asset_path(tmp_path, "x")
+    (tmp_path / "index.csv").write_text("id,split\nz,val\n")
+    assert list_assets(tmp_path) == [{"id": "z", "split": "val"}]
+    (tmp_path / "index.csv").write_text("name\nz\n")
+    with pytest.raises(ValueError, match="columns id, split"):
+        list_assets(tmp_path)
