@@ -41,4 +41,5 @@ def diff2to3_components() -> list[ComponentSpec]:
         ComponentSpec(role="exporter", name=name, target="gs_render:save", requires=requires, install=install)
         for name, requires, install in _EXPORTERS
     ]
-    return renderers + exporters
+    metrics = [ComponentSpec(role="metric", name=name, target=f"gs_render.metrics:{name}") for name in ("psnr", "ssim")]
+    return renderers + exporters + metrics
