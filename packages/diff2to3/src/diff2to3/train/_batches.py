@@ -45,7 +45,7 @@ class Ragged:
 
 
 class ObjectData:
-    """The objects of one split that a stage of the data has reached; loads on first use what a training stage asks for.
+    """The objects of one split that a stage of the data has reached; reads what a training stage asks for, once.
 
     Raises:
         LookupError: the split is empty.
@@ -144,14 +144,14 @@ class PictureBatches:
     """RGBA pictures ``image`` [B, 4, H, W] uint8: views and condition crops, half each."""
 
     def __init__(self, data: ObjectData) -> None:
-        self.data = data
+        self.data, self.pictures = data, (data.views, data.conditions)
 
     def __getitem__(self, step: int) -> Batch:
         objects, generator = self.data.draw(step)
         half = len(objects) // 2
         parts = [
             pictures[chosen, _integers(pictures.shape[1], len(chosen), generator)]
-            for pictures, chosen in ((self.data.views, objects[:half]), (self.data.conditions, objects[half:]))
+            for pictures, chosen in zip(self.pictures, (objects[:half], objects[half:]), strict=True)
         ]
         return {"image": torch.cat(parts), "seed": generator.initial_seed()}
 

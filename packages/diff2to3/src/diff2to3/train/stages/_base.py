@@ -37,6 +37,9 @@ class Options(BaseModel):
     time: Literal["uniform", "logit_normal"] = "uniform"
     p_uncond: float = 0.1
     jitter: float = 0.04
+    crop: int | None = None
+    l1_weight: float = 1.0
+    mse_weight: float = 0.0
 
 
 def build_config(config_class: type[C], values: dict[str, Any]) -> C:
@@ -60,8 +63,8 @@ class PictureStage(Stage):
     def picture_loss(self, image: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L1 + SSIM + LPIPS with their weights, in fp32."""
         image, target = image.float(), target.float()
-        l1 = F.l1_loss(image, target)
-        loss = l1 + self.options.ssim_weight * (1 - ssim(image, target).mean())
+        loss = self.options.l1_weight * F.l1_loss(image, target) + self.options.mse_weight * F.mse_loss(image, target)
+        loss = loss + self.options.ssim_weight * (1 - ssim(image, target).mean())
         figures = {"psnr": psnr(image.detach(), target).mean()}
         if self.lpips is not None:
             distance = self.lpips(image, target).mean()

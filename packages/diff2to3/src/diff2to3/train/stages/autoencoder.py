@@ -32,7 +32,10 @@ class AutoencoderStage(PictureStage):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         generator = generator_of(batch)
-        rgba = batch["image"].float() / 255
+        rgba = batch["image"]
+        if self.options.crop:
+            rgba = random_crop(rgba, self.options.crop, generator)
+        rgba = rgba.float() / 255
         count = len(rgba)
         hue = torch.rand(count, generator=generator, device=rgba.device) * 360
         ground = torch.rand(count, 3, 1, 1, generator=generator, device=rgba.device)
@@ -50,3 +53,13 @@ class AutoencoderStage(PictureStage):
     def finish(self) -> tuple[BaseModel, dict[str, Tensor]]:
         mean, std = statistics(self.recent)
         return self.model_config.model_copy(update={"channel_mean": mean, "channel_std": std}), self.model.state_dict()
+
+
+def random_crop(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A square of each picture [B, C, H, W] at a random place, [B, C, side, side]."""
+    count, _, height, width = pictures.shape
+    device = pictures.device
+    top, left = (torch.randint(n - side + 1, (count, 1), generator=generator, device=device) for n in (height, width))
+    steps = torch.arange(side, device=device)
+    rows, columns = (top + steps)[:, :, None], (left + steps)[:, None, :]
+    return pictures[torch.arange(count, device=device)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)

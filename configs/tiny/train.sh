@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Trains every stage of the pipeline `tiny` and puts it together:
+#
+#   configs/tiny/train.sh ASSETS OUT [--set key=value ...]
+#
+# ASSETS holds the meshes and their index.csv, OUT becomes the run folder, OUT/pipeline the result. What is finished is
+# not done again; settings are given to every stage. With two GPUs stage 1 trains on the second one while the 2to3-VAE
+# trains on the first.
+#
+#   MINUTES      wall-clock minutes of the whole run (default 26): the flows train until then
+#   LPIPS        AlexNet LPIPS weights (safetensors) for the pictures' losses; without it L1 and SSIM only
+#   WORKERS      processes that render and voxelize (default: all cores)
+set -euo pipefail
+assets=$1 out=$2
+settings=("${@:3}")
+here=$(cd "$(dirname "$0")" && pwd)
+minutes=${MINUTES:-26} workers=${WORKERS:-$(nproc)} start=$(date +%s)
+gpus=$(python3 -c "import torch; print(max(1, torch.cuda.device_count()))")
+first=0 second=$((gpus > 1 ? 1 : 0))
+data=$out/data
+mkdir -p "$out"
+
+run() { python3 -m diff2to3 "$@"; }
+say() { echo "[$(($(date +%s) - start)) s] $*"; }
+left() { python3 -c "print(max(0.2, $minutes - ($(date +%s) - $start) / 60 - $1))"; }  # minutes, less a reserve
+stage() {  # stage GPU NAME MINUTES [more settings]
+    local gpu=$1 name=$2 time=$3 folder=$out/${2//-/_}
+    shift 3
+    [ -f "$folder/model/config.json" ] && return
+    CUDA_VISIBLE_DEVICES=$gpu run train "$name" "$here/$name.yaml" --resume \
+        --set data="$data" --set out="$folder" --set max_minutes="$time" --set parts.features="$out/autoencoder/model" \
+        --set parts.vae="$out/vae/model" --set parts.structure_vae="$out/structure_vae/model" "$@" "${settings[@]}" >>"$out/$name.log" 2>&1
+    say "$name: $(tail -n 1 "$out/$name.log")"
+}
+shards() {  # shards COUNT COMMAND...: a data stage in COUNT processes over all GPUs
+    local count=$1 index
+    shift
+    for ((index = 0; index < count; index++)); do
+        CUDA_VISIBLE_DEVICES=$((index % gpus)) OMP_NUM_THREADS=1 run data "$@" --shard "$index/$count" >>"$out/$1.log" 2>&1 &
+        pids+=($!)
+    done
+    wait "${pids[@]}"
+    pids=()
+}
+pids=()
+perceptual=()
+[ -n "${LPIPS:-}" ] && perceptual=(--set options.lpips="$LPIPS" --set options.lpips_backbone=alex)
+
+run data voxelize "$assets" "$data" --workers "$workers"
+say voxels
+stage "$second" structure-vae 1.5 & structure_vae=$!
+# A part of the pictures is enough for the autoencoder, which then trains while the others are rendered.
+run data render "$assets" "$data" --workers "$workers" --split val
+run data render "$assets" "$data" --workers "$workers" --split train --extra-views 2 --limit 500
+stage "$first" autoencoder 2.5 "${perceptual[@]}" & autoencoder=$!
+run data render "$assets" "$data" --workers "$workers" --split train --extra-views 2
+say views
+wait $autoencoder $structure_vae
+shards $((10 * gpus)) features "$data" --extractor "$out/autoencoder/model"
+say features
+stage "$second" structure-flow "$(left 0.7)" & structure_flow=$!
+stage "$first" vae "$(python3 -c "print($minutes * 0.24)")" "${perceptual[@]}"
+shards $((5 * gpus)) latents "$data" --vae "$out/vae/model"
+run data latents "$data" --vae "$out/vae/model"  # all are there: measures their statistics
+say latents
+stage "$first" flow "$(left 0.7)"
+wait $structure_flow
+run train assemble "$out" "$out/pipeline"
+say done
