@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gs_render._axes import Up
 from gs_render._formats._registry import find_format, load, save
+from gs_render._gaussians import Gaussians
+from gs_render._pictures import FOV_DEGREES, framing, turntable_cameras, viewing_distance
+
+if TYPE_CHECKING:
+    import viser
 
 
 def describe(path: str | os.PathLike[str], up: Up | None = None) -> dict[str, Any]:
@@ -46,13 +55,22 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], up: 
     return save(load(source, up), target)
 
 
-def view(path: str | os.PathLike[str], port: int = 8080, up: Up | None = None) -> None:
-    """Show a splat in the browser with viser (extra `view`) until the process is interrupted.
+def view(
+    path: str | os.PathLike[str],
+    port: int = 8080,
+    up: Up | None = None,
+    *,
+    host: str = "127.0.0.1",
+    announce: Callable[[str], object] = print,
+) -> None:
+    """Show a splat in the browser with viser (extra `view`) until the process is interrupted (Ctrl-C).
 
     Args:
         path: any file that `load` reads.
         port: of the server on this machine; the next free one is taken if it is in use.
         up: as in `load`.
+        host: address to listen on; the default can be reached from this machine only.
+        announce: called with the page's address once the page can be opened.
     """
     gaussians = load(path, up)
     try:
@@ -61,8 +79,29 @@ def view(path: str | os.PathLike[str], port: int = 8080, up: Up | None = None) -
         raise ModuleNotFoundError(
             "viewing needs viser: pip install 'gs-render[view]' (or convert to .html, which needs nothing)"
         ) from error
-    server = viser.ViserServer(port=port)
+    with contextlib.redirect_stdout(io.StringIO()):  # its banner comes even where verbose=False
+        server = viser.ViserServer(host=host, port=port, label=Path(path).name, verbose=False)
+    try:
+        _show(server, gaussians)
+        announce(f"http://{server.get_host()}:{server.get_port()}")
+        server.sleep_forever()
+    except KeyboardInterrupt:
+        pass  # the way to leave
+    finally:
+        with contextlib.redirect_stdout(io.StringIO()):
+            server.stop()
+
+
+def _show(server: viser.ViserServer, gaussians: Gaussians) -> None:
+    """Put the Gaussians into a viser scene, seen from where a turntable starts."""
+    centre, radius = framing(gaussians)
     server.scene.set_up_direction("+z")
+    camera = server.initial_camera
+    camera.fov = math.radians(FOV_DEGREES)
+    camera.look_at = centre.numpy()
+    camera.position = turntable_cameras(1, gaussians=gaussians).positions[0].numpy()
+    distance = viewing_distance(radius)
+    camera.near, camera.far = distance / 100, distance * 100
     server.scene.add_gaussian_splats(
         "/splat",
         centers=gaussians.means.numpy(),
@@ -70,4 +109,3 @@ def view(path: str | os.PathLike[str], port: int = 8080, up: Up | None = None) -
         rgbs=gaussians.rgb.clamp(0, 1).numpy(),
         opacities=gaussians.opacities[:, None].numpy(),
     )
-    server.sleep_forever()

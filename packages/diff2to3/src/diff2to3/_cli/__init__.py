@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import signal
 import sys
 import warnings
@@ -66,6 +67,7 @@ def main() -> None:
     """Run the command line and leave with its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _warn
+    _show_log("gs_render")
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -98,6 +100,19 @@ def _warn(
     """Our own users' warnings in one line; those about code are for developers."""
     if issubclass(category, UserWarning):
         click.echo(f"diff2to3: warning: {' '.join(str(message).split())}", err=True)
+
+
+class _Notes(logging.Handler):
+    """What a library has to say about a wait, in one line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"diff2to3: {record.getMessage()}", err=True)
+
+
+def _show_log(name: str) -> None:
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Notes())
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

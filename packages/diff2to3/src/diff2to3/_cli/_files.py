@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 import webbrowser
@@ -25,23 +26,53 @@ _UP = click.option(
 
 @click.command()
 @click.argument("file")
-@click.option("-o", "--out", metavar="FILE.html", help="Where to write the page.  [default: a temporary file]")
-@click.option("--no-browser", is_flag=True, help="Only write the page and print its path.")
-def view(file: str, out: str | None, no_browser: bool) -> None:
-    """Show a splat file in the browser, as one page that works offline."""
-    from diff2to3._asset import export
+@click.option("-o", "--out", metavar="FILE.html", help="Write a page that works offline, and show that one.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port of the viewer.")
+@click.option("--no-browser", is_flag=True, help="Open nothing, only print where to look.")
+@_UP
+def view(file: str, out: str | None, port: int, no_browser: bool, up: Up | None) -> None:
+    """Show a splat file in the browser, until Ctrl-C.
 
+    The viewer (viser, 'diff2to3[view]') can be reached from this machine only. Without it, or with -o, the file becomes
+    one page that works offline.
+    """
     source = Path(file)
+    if out is not None and Path(out).suffix.lower() != ".html":
+        raise InputError(f"{out} is no page; expected a file name that ends in .html")
+    if source.suffix.lower() != ".html" and out is None and importlib.util.find_spec("viser") is not None:
+        _serve(source, port, no_browser, up)
+        return
     if source.suffix.lower() == ".html":
         with _reading(source):
             page = source
     else:
-        gaussians = _load(source)
+        from diff2to3._asset import export
+
+        gaussians = _load(source, up)
+        if out is None:
+            click.echo("diff2to3: viser is not installed (pip install 'diff2to3[view]'): an offline page", err=True)
         page = Path(out) if out else Path(tempfile.mkdtemp(prefix="diff2to3-")) / f"{source.stem}.html"
-        export(gaussians, page)
+        with _writing(page):
+            export(gaussians, page)
     click.echo(str(page))
-    if not no_browser and not webbrowser.open(page.resolve().as_uri()):
-        click.echo("no browser could be started; open the page above in one", err=True)
+    _open(page.resolve().as_uri(), no_browser)
+
+
+def _serve(source: Path, port: int, no_browser: bool, up: Up | None) -> None:
+    def announce(address: str) -> None:
+        click.echo(address)
+        click.echo("diff2to3: Ctrl-C ends the viewer", err=True)
+        _open(address, no_browser)
+
+    with _reading(source):
+        import gs_render
+
+        gs_render.view(source, port, up, announce=announce)
+
+
+def _open(address: str, no_browser: bool) -> None:
+    if not no_browser and not webbrowser.open(address):
+        click.echo("diff2to3: no browser could be started; open the address above in one", err=True)
 
 
 @click.command()
@@ -58,7 +89,8 @@ def convert(source: str, target: str, up: Up | None) -> None:
     gaussians = _load(Path(source), up)
     from diff2to3._asset import export
 
-    export(gaussians, path)
+    with _writing(path):
+        export(gaussians, path)
     click.echo(f"{path}: {len(gaussians):,} Gaussians, {path.stat().st_size:,} bytes")
 
 
@@ -136,3 +168,14 @@ def _reading(path: Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         raise InputError(message if path.name in message else f"{path}: {message}") from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses into an `InputError` that names the file: full disk, no permission ..."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror or error}; expected a place to write to"
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from torch import Tensor
 from gs_render import _project
 from gs_render._gaussians import Gaussians
 from gs_render._project import Projected
+
+_logger = logging.getLogger(__name__)
 
 _ROWS_PER_THREAD = 10_000
 _CHUNKS_PER_THREAD = 8  # tiles differ much in cost: small shares keep every thread busy to the end
@@ -166,6 +169,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 @functools.cache
 def _kernels() -> ModuleType:
+    _announce_compilation()
     from gs_render._backends import _cpu_kernels
 
     return _cpu_kernels
@@ -173,9 +177,30 @@ def _kernels() -> ModuleType:
 
 @functools.cache
 def _projection() -> ModuleType:
+    _announce_compilation()
     from gs_render._backends import _cpu_projection
 
     return _cpu_projection
+
+
+@functools.cache
+def _announce_compilation() -> None:
+    """Log, once, that kernels are being compiled: numba broadcasts it only if its cache on disk does not have them."""
+    from numba.core import event
+
+    class Announcer(event.Listener):
+        told = False
+
+        def on_start(self, compilation: event.Event) -> None:
+            ours = compilation.data["dispatcher"].py_func.__module__.startswith("gs_render.")
+            if ours and not self.told:
+                self.told = True
+                _logger.info("compiling the CPU renderer, once for this installation: about 20 s")
+
+        def on_end(self, compilation: event.Event) -> None:
+            """Nothing to tell."""
+
+    event.register("numba:compile", Announcer())
 
 
 def _numpy(value: Tensor) -> np.ndarray:
