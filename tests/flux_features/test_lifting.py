@@ -156,7 +156,7 @@ def test_chunks_change_nothing(monkeypatch, visibility, out_of_frame):
     maps, points = torch.randn(3, 2, 4, 4, generator=generator), torch.rand(50, 3, generator=generator) - 0.5
     options = {"depth": torch.ones(3, 8, 8), "out_of_frame": out_of_frame}
     whole = lift_features(maps, cameras, points, visibility, **options)
-    monkeypatch.setattr(implementation, "_CHUNK_ELEMENTS", 42)  # 7 points at a time
+    monkeypatch.setattr(implementation, "_CHUNK_SAMPLES", 21)  # 7 points at a time
     torch.testing.assert_close(lift_features(maps, cameras, points, visibility, **options), whole)
     assert lift_features(maps, cameras, points[:0], visibility, **options).shape == (0, 2)
 

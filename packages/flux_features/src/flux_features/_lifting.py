@@ -14,7 +14,7 @@ from gs_render import Camera
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 32 * 2**20  # views x points x channels sampled at once: 128 MB in float32, two or three times over
+_CHUNK_SAMPLES = 2**20  # views x points at once: four rows of the table each, about 0.2 GB of indices and weights
 
 
 def voxel_centres(coords: Int[Tensor, "L 3"], grid_size: int) -> Float[Tensor, "L 3"]:
@@ -35,7 +35,7 @@ def lift_features(
     """Mean over views of the bilinearly sampled feature at each point's projection.
 
     Differentiable in the feature maps, the points and the cameras. Without gradients the memory beyond inputs and
-    result is about 0.5 GB at most, whatever the number of views and points.
+    result is a copy of the maps and about 0.2 GB, whatever the number of views and points.
 
     Args:
         feature_maps: one map per view that tiles the whole image: cell (i, j) of h x w is centred at pixel
@@ -60,19 +60,25 @@ def lift_features(
     """
     _check(feature_maps, cameras, points, visibility, depth, out_of_frame)
     dtype = torch.promote_types(feature_maps.dtype, torch.float32)
-    maps, points = feature_maps.to(dtype), points.to(torch.promote_types(points.dtype, torch.float32))
-    if depth is not None:
-        depth = depth.to(points)
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, feature_maps.shape[0] * feature_maps.shape[1]))
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    rows, columns = feature_maps.shape[-2:]
+    table = feature_maps.to(dtype).permute(0, 2, 3, 1).flatten(0, 2)  # [V h w, C]: a sample reads whole rows
     matrix = _projection(cameras, points)
     parts = []
-    for part in points.split(chunk):
-        grid, z, inside = _project(matrix, cameras, part)
+    for part in points.split(max(1, _CHUNK_SAMPLES // len(cameras))):
+        x, y, z, inside = _project(matrix, cameras, part)
         every_view = inside if out_of_frame == "exclude" else torch.ones_like(inside)
-        counted = every_view if visibility == "all" else _visible(grid, z, inside, every_view, depth, depth_tolerance)
-        sampled = F.grid_sample(maps, grid[:, None].to(dtype), padding_mode="border", align_corners=False)[:, :, 0]
-        total = sampled.mul_((counted & inside)[:, None]).sum(0)  # [V, C, L] -> [C, L]
-        parts.append((total / counted.sum(0).clamp_min(1)).T)
+        counted = every_view
+        if visibility == "depth":
+            assert depth is not None
+            seen = inside & (z <= _at_pixels(depth.to(points), x, y) + depth_tolerance)
+            counted = torch.where(seen.any(0), seen, every_view)
+        share = (counted & inside).to(points.dtype) / counted.sum(0).clamp_min(1)
+        cells, weights = _bilinear(x, y, rows, columns)
+        weights = (weights * share[..., None]).to(dtype)
+        # One bag a point: the weighted sum of four cells in each of V views, without storing the samples.
+        bags, shares = (value.transpose(0, 1).flatten(1) for value in (cells, weights))
+        parts.append(F.embedding_bag(bags, table, mode="sum", per_sample_weights=shares))
     return torch.cat(parts).to(feature_maps.dtype)
 
 
@@ -101,23 +107,34 @@ def _projection(cameras: Camera, points: Tensor) -> Tensor:
     return (intrinsics[..., None] * pose[:, None, :3]).sum(2)
 
 
-def _project(matrix: Tensor, cameras: Camera, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Place in the frame [V, L, 2] in grid_sample's units, depth [V, L], and whether it is in the frame [V, L]."""
+def _project(matrix: Tensor, cameras: Camera, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Places x and y in the frame as fractions of its sides, depth, and whether it is in the frame; each [V, L]."""
     x, y, z = (
         sum((row[:, k, None] * points[:, k] for k in range(3)), start=row[:, 3, None]) for row in matrix.unbind(1)
     )
     depth = z.clamp_min(1e-6)
-    # grid_sample's [-1, 1] spans the image from edge to edge (align_corners=False).
-    grid = torch.stack([x / depth * (2 / cameras.width) - 1, y / depth * (2 / cameras.height) - 1], -1)
-    inside = (grid.abs() <= 1).all(-1) & (z > 0)
-    return torch.where(inside[..., None], grid, 0.0), z, inside  # keeps infinite and far samples out
+    x, y = x / depth / cameras.width, y / depth / cameras.height
+    inside = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1) & (z > 0)
+    return torch.where(inside, x, 0.5), torch.where(inside, y, 0.5), z, inside  # keeps infinite samples out
 
 
-def _visible(
-    grid: Tensor, z: Tensor, inside: Tensor, otherwise: Tensor, depth: Tensor | None, tolerance: float
-) -> Tensor:
-    """Which views see which point [V, L]; for a point that none sees, `otherwise`."""
-    assert depth is not None
-    surface = F.grid_sample(depth[:, None], grid[:, None], mode="nearest", padding_mode="border", align_corners=False)
-    seen = inside & (z <= surface[:, 0, 0] + tolerance)
-    return torch.where(seen.any(0), seen, otherwise)
+def _bilinear(x: Tensor, y: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The four cells around each place, as rows of the table, and their weights; each [V, L, 4]."""
+    left, right, a = _neighbours(x, columns)
+    top, bottom, b = _neighbours(y, rows)
+    view = torch.arange(len(x), device=x.device)[:, None] * (rows * columns)
+    cells = [view + i * columns + j for i in (top, bottom) for j in (left, right)]
+    return torch.stack(cells, -1), torch.stack([(1 - b) * (1 - a), (1 - b) * a, b * (1 - a), b * a], -1)
+
+
+def _neighbours(place: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    position = (place * count - 0.5).clamp(0, count - 1)
+    lower = position.detach().floor()
+    return lower.long(), (lower.long() + 1).clamp_max(count - 1), position - lower
+
+
+def _at_pixels(maps: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Values [V, L] of maps [V, a, b] at the pixels that the places lie in."""
+    rows, columns = maps.shape[1:]
+    i, j = ((place * count).long().clamp(0, count - 1) for place, count in ((y, rows), (x, columns)))
+    return maps.flatten(1).gather(1, i * columns + j)
