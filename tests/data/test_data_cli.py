@@ -154,6 +154,22 @@ def test_a_second_run_changes_no_file(dataset):
     assert {path: path.stat().st_mtime_ns for path in store.root.rglob("*.safetensors")} == before
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--views", 9, "--grid-size", GRID], "5 views were rendered, expected 9"),
+        (["--views", 4, "--grid-size", 32], "not of grid size 32"),
+    ],
+)
+def test_features_that_do_not_fit_the_other_stages(dataset, tmp_path, options, reason):
+    from shutil import copytree
+
+    root, store, _, _ = dataset
+    copytree(store.root, tmp_path / "set", ignore=lambda folder, files: {"features", "latents"})
+    result = invoke("features", tmp_path / "set", "--extractor", root / "extractor", *options, code=1)
+    assert result.output.count(reason) == 3
+
+
 def test_rendering_is_deterministic(dataset, tmp_path):
     root, store, _, rendering = dataset
     invoke("render", root / "assets", tmp_path / "again", *rendering, "--limit", 1)

@@ -145,3 +145,20 @@ def test_broken_files_are_value_errors_that_name_the_file(tmp_path, name, conten
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"none\.glb"):
         load_mesh(tmp_path / "none.glb")
+
+
+@pytest.mark.skipif(int(trimesh.__version__.split(".")[0]) < 5, reason="trimesh 4 follows references anywhere")
+@pytest.mark.parametrize("absolute", [False, True])
+def test_nothing_is_read_outside_the_folder_of_the_asset(tmp_path, absolute):
+    inside = tmp_path / "assets"
+    inside.mkdir()
+    trimesh.Scene(trimesh.creation.box((1, 1, 1))).export(inside / "box.gltf")
+    load_mesh(inside / "box.gltf")
+    tree = json.loads((inside / "box.gltf").read_text())
+    for number, buffer in enumerate(tree["buffers"]):
+        secret = tmp_path / f"secret{number}.bin"
+        (inside / buffer["uri"]).rename(secret)
+        buffer["uri"] = str(secret) if absolute else f"../{secret.name}"
+    (inside / "box.gltf").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"box\.gltf"):
+        load_mesh(inside / "box.gltf")

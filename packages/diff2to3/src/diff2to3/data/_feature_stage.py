@@ -45,10 +45,13 @@ def lift_objects(
     """
     device = next(extractor.parameters()).device
     half = device.type == "cuda"
-    decoder = ThreadPoolExecutor(16)
 
     def work(object_id: str) -> Mapping[str, np.ndarray]:
         rendered = store.read("render", object_id)
+        if len(rendered["view_pose"]) < settings.num_views:
+            raise ValueError(f"{len(rendered['view_pose'])} views were rendered, expected {settings.num_views}")
+        if not store.finished("voxels", {"grid_size": grid_size}, [object_id]):
+            raise ValueError(f"its voxels are missing or not of grid size {grid_size}; run `diff2to3 data voxelize`")
         coords = torch.from_numpy(store.read("voxels", object_id)["coords"].astype(np.int64)).to(device)
         png, bounds = rendered["view_png"], rendered["view_bounds"]
         views = list(decoder.map(lambda v: decode_png(png, bounds, v), range(settings.num_views)))
@@ -79,7 +82,8 @@ def lift_objects(
         }
 
     stage = settings.model_dump() | {"extractor": fingerprint, "grid_size": grid_size}
-    return run_stage(store, "features", ids, work, stage)
+    with ThreadPoolExecutor() as decoder:
+        return run_stage(store, "features", ids, work, stage)
 
 
 def variants(object_id: str, settings: FeatureSettings) -> tuple[np.ndarray, np.ndarray]:
