@@ -1,6 +1,6 @@
 """Our files in other people's readers and theirs in ours. Each is skipped where that program is not installed.
 
-plyfile and gaussforge come from PyPI, `splat-transform` (npm @playcanvas/splat-transform) is looked up on PATH.
+plyfile, gsply and gaussforge come from PyPI, `splat-transform` (npm @playcanvas/splat-transform) is looked up on PATH.
 """
 
 import shutil
@@ -37,6 +37,31 @@ def test_plyfile_reads_our_ply(make_gaussians, tmp_path):
     assert np.allclose(1 / (1 + np.exp(-vertex["opacity"])), original.opacities.numpy(), atol=1e-6)
     assert np.allclose(vertex["f_rest_8"], original.sh[:, 1, 1].numpy())  # the first coefficient of green
     assert np.allclose(np.exp(vertex["scale_2"]), original.scales[:, 2].numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "covariance", "color"), [(".ply", 1e-5, 1e-6), (".compressed.ply", 0.02, 0.04), (".spz", 0.07, 0.015)]
+)
+def test_gsply_reads_ours_and_writes_for_us(make_gaussians, tmp_path, suffix, covariance, color):
+    gsply = pytest.importorskip("gsply")
+    original = scene(make_gaussians, degree=3)
+    path = str(save(original, tmp_path / f"a{suffix}", up="z"))
+    data = gsply.read_spz(path) if suffix == ".spz" else gsply.plyread(path)
+    fields = {name: torch.from_numpy(np.array(getattr(data, name))) for name in ("means", "scales", "quats")}
+    theirs = Gaussians(
+        means=fields["means"],
+        scales=fields["scales"].exp(),
+        quaternions=fields["quats"],
+        opacities=torch.from_numpy(np.array(data.opacities)).flatten().sigmoid(),
+        sh=torch.from_numpy(np.concatenate([data.sh0[:, None], data.shN], axis=1)),
+    )
+    assert_same(original, theirs, covariance, color)
+    if suffix == ".spz":
+        gsply.write_spz(str(tmp_path / "b.spz"), data)
+    else:
+        gsply.plywrite(str(tmp_path / "b.ply"), data, compressed=suffix == ".compressed.ply")
+    written = next(tmp_path.glob("b*"))
+    assert_same(theirs, load(written, up="z"), covariance, color)
 
 
 @pytest.mark.parametrize(

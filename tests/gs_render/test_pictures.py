@@ -75,3 +75,13 @@ def test_renderer_component_draws(make_gaussians):
     assert not np.array_equal(np.array(contact_sheet(scene, cameras, draw=renderer)), plain)
     with pytest.raises(ValueError, match="unknown preset 'x'; expected one of 3dgs, trellis"):
         RendererConfig.preset("x")
+
+
+def test_gif_frames_keep_their_colours(make_gaussians, tmp_path):
+    cameras = turntable_cameras(3, 96)
+    gaussians = make_gaussians(300)
+    with Image.open(save_video(gaussians, tmp_path / "a.gif", cameras)) as film:
+        for index in range(3):
+            film.seek(index)
+            shown = torch.from_numpy(np.array(film.convert("RGB"))).float() / 255
+            assert (shown - render(gaussians, cameras[index]).color[0].clamp(0, 1)).square().mean() < 1e-3  # 30 dB
