@@ -66,8 +66,8 @@ def test_files_of_another_type_are_refused(splat, tmp_path, suffix):
 
 def test_a_folder_is_no_file(splat, tmp_path):
     (tmp_path / "folder.ply").mkdir()
-    assert "folder.ply" in refuses("convert", tmp_path / "folder.ply", tmp_path / "x.spz")
-    assert "folder.ply" in refuses("view", tmp_path / "folder.ply")
+    assert "folder.ply is a folder" in refuses("convert", tmp_path / "folder.ply", tmp_path / "x.spz")
+    assert "folder.ply is a folder" in refuses("view", tmp_path / "folder.ply")
     assert "folder.ply" in refuses("convert", splat, tmp_path / "folder.ply")
     assert "not a folder" in refuses("convert", splat, splat / "x.spz")
     assert "not a folder" in refuses("view", splat, "-o", tmp_path / "none" / "x.html")

@@ -27,6 +27,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For command lines: turns what the file system refuses (full disk, no permission ...) into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
     """Make a folder with its parents; what was made is removed again if the block fails and left it empty.
 

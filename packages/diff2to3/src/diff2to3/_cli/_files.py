@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from diff2to3._atomic import writing
 from diff2to3._errors import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def view(file: str, out: str | None, port: int, no_browser: bool, up: Up | None)
         if out is None:
             click.echo("diff2to3: viser is not installed (pip install 'diff2to3[view]'): an offline page", err=True)
         page = Path(out) if out else Path(tempfile.mkdtemp(prefix="diff2to3-")) / f"{source.stem}.html"
-        with _writing(page):
+        with writing(page):
             export(gaussians, page)
     click.echo(str(page))
     _open(page.resolve().as_uri(), no_browser)
@@ -89,7 +90,7 @@ def convert(source: str, target: str, up: Up | None) -> None:
     gaussians = _load(Path(source), up)
     from diff2to3._asset import export
 
-    with _writing(path):
+    with writing(path):
         export(gaussians, path)
     click.echo(f"{path}: {len(gaussians):,} Gaussians, {path.stat().st_size:,} bytes")
 
@@ -161,6 +162,8 @@ def _load(path: Path, up: Up | None = None) -> Gaussians:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turns what goes wrong with the user's file into an `InputError` that names it."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected a splat file")
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a splat file")
     try:
@@ -168,14 +171,3 @@ def _reading(path: Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         raise InputError(message if path.name in message else f"{path}: {message}") from error
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses into an `InputError` that names the file: full disk, no permission ..."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror or error}; expected a place to write to"
-        ) from error

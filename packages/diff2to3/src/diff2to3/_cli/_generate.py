@@ -188,13 +188,13 @@ def _write(
     asset: Asset, pipeline: Pipeline, job: Job, name: str, pictures: Sequence[str], loading: float, bars: _Bars
 ) -> dict[str, Any]:
     """Write all files of one asset, at once; return its manifest with the paths of the files."""
-    from diff2to3._atomic import staging
+    from diff2to3._atomic import staging, writing
     from diff2to3._locate import file_sha256
     from diff2to3._manifest import Manifest, PictureRecord, describe
 
     timings = {"loading": loading, **asset.timings}
     files = {suffix: f"{name}.{suffix}" for suffix in job.formats}
-    with staging(job.out, name) as folder:
+    with writing(job.out / name), staging(job.out, name) as folder:
         for suffix, file in files.items():
             start = time.perf_counter()
             with bars.step(f"{name}: writing {suffix}"):

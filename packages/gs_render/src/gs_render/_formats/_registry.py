@@ -111,12 +111,14 @@ def load(path: PathLike, up: Up | None = None) -> Gaussians:
 
     Raises:
         ValueError: the content is damaged, hostile or not of this format.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, IsADirectoryError: there is no such file.
     """
     path = Path(path)
     file_format = find_format(path)
     if not file_format.reads:
         raise ValueError(f"{path}: {file_format.suffix} files can be written but not read")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected a file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     gaussians = _module(file_format).read(path)
