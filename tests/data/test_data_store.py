@@ -136,8 +136,12 @@ def test_kill_9_leaves_whole_files_only(tmp_path):
         assert (values == values[0]).all()
 
 
-def test_pngs_are_lossless():
-    images = np.random.default_rng(0).integers(0, 256, (3, 16, 20, 4), np.uint8)
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("kind", ["noise", "flat"])
+def test_pngs_are_lossless(channels, kind):
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 20, channels), np.uint8)
+    if kind == "flat":
+        images[:] = images[:, :1, :1]
     data, bounds = encode_pngs(images)
     for index in range(3):
         np.testing.assert_array_equal(decode_png(data, bounds, index), images[index])

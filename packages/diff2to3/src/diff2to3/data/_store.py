@@ -11,6 +11,7 @@ import io
 import json
 import os
 import platform
+import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -109,15 +110,26 @@ def _digest_of(path: Path) -> str | None:
 
 
 def encode_pngs(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 ``[V, H, W, C]`` -> all PNG files in a row, uint8 ``[bytes]``, and their bounds, int64 ``[V + 1]``."""
-    files = []
-    for image in images:
-        buffer = io.BytesIO()
-        # run-length matching: less time than the default strategy of level 1 on renders, and a quarter less space
-        Image.fromarray(image).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
-        files.append(buffer.getvalue())
+    """uint8 ``[V, H, W, 3 or 4]`` -> all PNG files in a row, uint8 ``[bytes]``, and their bounds, int64 ``[V + 1]``."""
+    files = [_png(image) for image in images]
     bounds = np.cumsum([0, *map(len, files)])
     return np.frombuffer(b"".join(files), np.uint8), bounds.astype(np.int64)
+
+
+def _png(image: np.ndarray) -> bytes:
+    """A PNG file whose rows all have the filter "up": renders compress well so, in half the time that Pillow takes."""
+    height, width, channels = image.shape
+    rows = np.empty((height, 1 + width * channels), np.uint8)
+    rows[:, 0] = 2
+    pixels = image.reshape(height, -1)
+    rows[0, 1:] = pixels[0]
+    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
+    deflate = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    header = struct.pack(">IIBBBBB", width, height, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", deflate.compress(rows.data) + deflate.flush()), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
 
 def decode_png(data: np.ndarray, bounds: np.ndarray, index: int) -> np.ndarray:
