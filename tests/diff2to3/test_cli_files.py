@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from diff2to3._cli import cli
 from diff2to3._errors import InputError
 from gs_render import Gaussians, save
+from PIL import Image, ImageDraw
 
 
 @pytest.fixture
@@ -119,3 +120,12 @@ def test_viewer_serves_this_machine_until_interrupted(splat):
             viewer.kill()
     assert (viewer.returncode, rest) == (0, "")
     assert "Traceback" not in errors
+
+
+def test_generate_on_a_full_disk_leaves_nothing(micro_pipeline, tmp_path, small_disk):
+    picture = Image.new("RGBA", (64, 64))
+    ImageDraw.Draw(picture).ellipse((10, 10, 50, 50), fill=(200, 30, 40, 255))
+    picture.save(tmp_path / "ball.png")
+    options = ("--pipeline", micro_pipeline, "--format", "ply", "-o", tmp_path / "out")
+    assert "out/ball cannot be written" in refuses("generate", tmp_path / "ball.png", *options)
+    assert not (tmp_path / "out").exists()
