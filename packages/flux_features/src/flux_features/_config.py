@@ -61,7 +61,7 @@ class FluxFeaturesConfig(BaseModel):
         """A configuration by name.
 
         ``tiny``: the embedded pipeline's, 1.24 M parameters, 256 px. ``small``: the same layout in TAEF1's size,
-        2.4 M, 512 px. ``paper``: FLUX.1's own, 83.8 M, 512 px. ``taef1`` and ``taef2``: the public tiny autoencoders of
+        2.5 M, 512 px. ``paper``: FLUX.1's own, 83.8 M, 512 px. ``taef1`` and ``taef2``: the public tiny autoencoders of
         FLUX.1 (16 channels) and FLUX.2 (32 channels).
         """
         if name not in _PRESETS:
