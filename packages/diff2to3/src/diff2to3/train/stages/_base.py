@@ -38,6 +38,7 @@ class Options(BaseModel):
     p_uncond: float = 0.1
     jitter: float = 0.04
     crop: int | None = None
+    color_weight: float = 0.0
     l1_weight: float = 1.0
     mse_weight: float = 0.0
 

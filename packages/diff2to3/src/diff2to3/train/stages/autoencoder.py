@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from flux_features import FluxFeatures, FluxFeaturesConfig
 from pydantic import BaseModel
 from torch import Tensor
@@ -45,10 +46,15 @@ class AutoencoderStage(PictureStage):
         with torch.no_grad():
             moments = torch.stack([latent.float().mean((0, 2, 3)), latent.float().square().mean((0, 2, 3))])
             self.recent.lerp_(moments, 0.02)
+        # The first three channels are asked for the mean colour of their 8x8 pixels: left to itself so small a network
+        # finds colour, a small share of the variance, only after thousands of steps.
+        mean_color = F.avg_pool2d(picture, self.model.stride) * 2 - 1
+        anchor = F.mse_loss(latent[:, :3].float(), mean_color)
         # A little noise in latent units keeps the latents smooth; the pull to unit scale fixes their free scale.
         noise = 0.05 * torch.randn(latent.shape, generator=generator, device=latent.device, dtype=latent.dtype)
         loss, figures = self.picture_loss(self.model.decode(latent + noise), picture)
-        return loss + 1e-3 * latent.float().square().mean(), figures | {"latent_std": latent.detach().float().std()}
+        loss = loss + self.options.color_weight * anchor + 1e-3 * latent.float().square().mean()
+        return loss, figures | {"color": anchor.detach(), "latent_std": latent.detach().float().std()}
 
     def finish(self) -> tuple[BaseModel, dict[str, Tensor]]:
         mean, std = statistics(self.recent)
