@@ -68,3 +68,14 @@ def test_autoencoder_statistics_normalise_the_features(micro_config):
     settings = json.loads((config.out / "model" / "config.json").read_text())
     assert len(settings["channel_mean"]) == len(settings["channel_std"]) == 16
     assert min(settings["channel_std"]) > 0
+
+
+def test_structure_latents_are_those_of_the_placed_voxels(trained, micro_config):
+    """They are encoded once for every turn and mirror image, and looked up in every step."""
+    config = micro_config("structure-flow", batch_size=2)
+    stage = build_stage("structure-flow", config)
+    batches = stage.batches(config, "train", torch.device("cpu"))
+    for step in range(6):
+        batch = batches[step]
+        expected = stage._encode(batch["coords"], config.batch_size)
+        assert torch.allclose(batch["latents"].float(), expected, atol=4e-3, rtol=2e-3)

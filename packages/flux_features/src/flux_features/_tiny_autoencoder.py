@@ -34,6 +34,7 @@ class TinyAutoencoder(nn.Module):
         super().__init__()
         self.encoder = _Encoder(latent_channels, encoder_blocks, normalised)
         self.decoder = _Decoder(latent_channels, decoder_blocks, normalised)
+        self.apply(_initialise)
 
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         """Latents of pictures in [0, 1] whose sides are multiples of 8."""
@@ -87,6 +88,21 @@ class _Block(nn.Module):
         if self.pool is not None:
             x = x + self.pool(x)
         return torch.relu(self.conv(x) + x)
+
+
+def _initialise(module: nn.Module) -> None:
+    """He initialisation with every block the identity at first.
+
+    Nothing normalises these layers: under PyTorch's default the signal fades over the strided ones, and colour, a small
+    share of a picture's variance, is not learned for thousands of steps.
+    """
+    if isinstance(module, nn.Conv2d):
+        gain = "relu" if module.out_channels >= _WIDTH else "linear"  # latents and pictures are not followed by a ReLU
+        nn.init.kaiming_normal_(module.weight, nonlinearity=gain)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, _Block):  # visited after its convolutions
+        nn.init.zeros_(module.conv[-1].weight)
 
 
 def _normalised_branch() -> nn.Sequential:

@@ -211,6 +211,7 @@ class ConditionBatches:
     """Condition crops with the voxels (and latents) in the frame the crop asks for.
 
     ``condition`` [B, 4, H, W] uint8 RGBA, ``hue`` [B], ``coords`` [N, 4]; with ``latents`` also those, [N, C].
+    ``object``, ``mirror`` and ``turn`` [B] say which objects these are and how they were placed.
     """
 
     def __init__(self, data: ObjectData, grid_size: int, frame: str, latents: bool) -> None:
@@ -238,6 +239,9 @@ class ConditionBatches:
             "batch_size": count,
             "condition": flip_where(data.conditions[chosen, view], mirror),
             "hue": hue,
+            "object": chosen,
+            "mirror": mirror,
+            "turn": turn,
             "seed": generator.initial_seed(),
         }
         if self.latents:

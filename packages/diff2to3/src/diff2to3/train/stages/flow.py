@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from flux_features import FluxFeatures, FluxFeaturesConfig
@@ -10,13 +13,16 @@ from sparse_vae import SparseTensor, SparseVAEConfig, StructureVAE, StructureVAE
 from torch import Tensor
 
 from diff2to3._errors import InputError
+from diff2to3._progress import track
 from diff2to3.data._augment import hue_matrix, shift_hue
-from diff2to3.train._batches import ConditionBatches, ObjectData
+from diff2to3.train._batches import ConditionBatches, ObjectData, place
 from diff2to3.train._checkpoint import read_config
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._engine import Batch, Batches
 from diff2to3.train.stages._base import PictureStage, build_config, frozen, generator_of, part
 from diff2to3.train.stages.structure_vae import dense_occupancy
+
+_CHUNK = 128  # objects encoded at once
 
 
 class _FlowStage(PictureStage):
@@ -102,12 +108,18 @@ class StructureFlowStage(_FlowStage):
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
         data = ObjectData(config, split, "voxels", device)
-        return ConditionBatches(data, self.vae_grid, self.options.frame, latents=False)
+        return _StructureBatches(ConditionBatches(data, self.vae_grid, self.options.frame, latents=False), self._encode)
+
+    @torch.no_grad()
+    def _encode(self, coords: Tensor, batch_size: int) -> Tensor:
+        """Normalised structure latents [B, C, n, n, n] of surface voxels [N, 4]."""
+        occupancy = dense_occupancy({"coords": coords, "batch_size": batch_size}, self.vae_grid)
+        with torch.autocast(occupancy.device.type, torch.bfloat16, enabled=occupancy.is_cuda):
+            mean, _ = self.vae.encode(occupancy)
+        return (mean.float() - self.mean) / self.std
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            mean, _ = self.vae.encode(dense_occupancy(batch, self.vae_grid))
-            latents = (mean.float() - self.mean) / self.std
+        latents = batch["latents"].float()
         topology = self._grid(len(latents), latents.shape[-1], latents.device)
         rows = latents.flatten(2).transpose(1, 2).reshape(-1, latents.shape[1])
         loss = flow_matching_loss(
@@ -125,6 +137,30 @@ class StructureFlowStage(_FlowStage):
         if batch_size not in self._grids:
             self._grids[batch_size] = Topology.full(batch_size, size, device)
         return self._grids[batch_size]
+
+
+class _StructureBatches:
+    """Conditions with the structure ``latents`` [B, C, n, n, n] of their objects.
+
+    An object has few of them, one for every quarter turn and mirror image: all are encoded once, at the start.
+    """
+
+    def __init__(self, batches: ConditionBatches, encode: Callable[[Tensor, int], Tensor]) -> None:
+        self.batches, data = batches, batches.data
+        parts = []
+        for first in track(range(0, len(data.ids), _CHUNK), "structure latents"):
+            objects = torch.arange(first, min(first + _CHUNK, len(data.ids)))
+            batch, rows = data.coords.select(objects)
+            for mirror, turn in product(range(2), range(4)):
+                how = (torch.full((len(objects),), value, device=data.device) for value in (mirror, turn))
+                coords = place(data.coords.rows[rows], batch, *how, batches.grid_size)
+                parts.append(encode(coords, len(objects)).half())
+            parts[-8:] = [torch.stack(parts[-8:], 1).unflatten(1, (2, 4))]
+        self.table = torch.cat(parts)
+
+    def __getitem__(self, step: int) -> Batch:
+        batch = self.batches[step]
+        return batch | {"latents": self.table[batch["object"], batch["mirror"], batch["turn"]]}
 
 
 def _jitter(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
