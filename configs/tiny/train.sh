@@ -5,7 +5,7 @@
 #
 # ASSETS holds the meshes and their index.csv, OUT becomes the run folder, OUT/pipeline the result. What is finished is
 # not done again; settings are given to every stage. With two GPUs stage 1 trains on the second one while the 2to3-VAE
-# trains on the first.
+# and stage 2 train on the first.
 #
 #   MINUTES      wall-clock minutes of the whole run (default 26): the flows train until then
 #   LPIPS        AlexNet LPIPS weights (safetensors) for the pictures' losses; without it L1 and SSIM only
@@ -49,17 +49,19 @@ perceptual=()
 run data voxelize "$assets" "$data" --workers "$workers"
 say voxels
 stage "$second" structure-vae 1.5 & structure_vae=$!
-# A part of the pictures is enough for the autoencoder, which then trains while the others are rendered.
 run data render "$assets" "$data" --workers "$workers" --split val
-run data render "$assets" "$data" --workers "$workers" --split train --extra-views 2 --limit 500
-stage "$first" autoencoder 2.5 "${perceptual[@]}" & autoencoder=$!
+if [ ! -f "$out/autoencoder/model/config.json" ]; then
+    # A part of the pictures is enough for the autoencoder, which then trains while the others are rendered.
+    run data render "$assets" "$data" --workers "$workers" --split train --extra-views 2 --limit 600
+fi
+stage "$first" autoencoder 2.6 "${perceptual[@]}" & autoencoder=$!
 run data render "$assets" "$data" --workers "$workers" --split train --extra-views 2
 say views
 wait $autoencoder $structure_vae
+stage "$second" structure-flow "$(left 0.7)" & structure_flow=$!
 shards $((10 * gpus)) features "$data" --extractor "$out/autoencoder/model"
 say features
-stage "$second" structure-flow "$(left 0.7)" & structure_flow=$!
-stage "$first" vae "$(python3 -c "print($minutes * 0.24)")" "${perceptual[@]}"
+stage "$first" vae "$(python3 -c "print($minutes * 0.25)")" "${perceptual[@]}"
 shards $((5 * gpus)) latents "$data" --vae "$out/vae/model"
 run data latents "$data" --vae "$out/vae/model"  # all are there: measures their statistics
 say latents

@@ -259,3 +259,21 @@ def test_gradients_do_not_depend_on_threads(make_gaussians, leaves):
         gradients.append(scene.means.grad)
     torch.set_num_threads(before)
     assert torch.equal(*gradients)
+
+
+def test_stacking_pads_every_field_as_the_renderer_expects():
+    """gsplat gets one tensor a field; padding is invisible (opacity 0) and valid (unit scale and quaternion)."""
+    from gs_render._backends.gsplat import stack_padded
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count):
+        shapes = ((3,), (3,), (4,), (), (1, 3))
+        return Gaussians(*(torch.rand(count, *shape, generator=generator) for shape in shapes))
+
+    objects = [draw(3), draw(0), draw(7)]
+    filler = {"means": 0.0, "scales": 1.0, "quaternions": 1.0, "opacities": 0.0, "sh": 0.0}
+    stacked = stack_padded(objects)
+    for name, value in filler.items():
+        expected = torch.nn.utils.rnn.pad_sequence([getattr(item, name) for item in objects], True, value)
+        assert torch.equal(stacked[name], expected)

@@ -97,12 +97,12 @@ def _initialise(module: nn.Module) -> None:
     share of a picture's variance, is not learned for thousands of steps.
     """
     if isinstance(module, nn.Conv2d):
-        gain = "relu" if module.out_channels >= _WIDTH else "linear"  # latents and pictures are not followed by a ReLU
-        nn.init.kaiming_normal_(module.weight, nonlinearity=gain)
+        inner = module.out_channels >= _WIDTH  # latents and pictures are not followed by a ReLU
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu" if inner else "linear")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, _Block):  # visited after its convolutions
-        nn.init.zeros_(module.conv[-1].weight)
+        nn.init.zeros_(module.conv.get_parameter("4.weight"))
 
 
 def _normalised_branch() -> nn.Sequential:

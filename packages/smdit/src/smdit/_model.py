@@ -112,6 +112,17 @@ class SMDiT(nn.Module):
             joint = block(joint, shared.get("joint", embedding), tokens, self.rope)
         return tokens.layout.from_segments(joint)[len(image) :]
 
+    def prepare(self, topology: Topology, shape: tuple[int, int, int]) -> None:
+        """Derive all that `forward` reads from the latents' topology, so that it never waits for the device.
+
+        Training loops call this for the next batch while the device works on this one.
+
+        Args:
+            topology: of the latents.
+            shape: (images, rows, columns) of the condition's patches.
+        """
+        self.joint_tokens(self.encoder.prepare(topology), shape)
+
     def joint_tokens(self, topology: Topology, shape: tuple[int, int, int]) -> JointTokens:
         """Packing and rotary tables for voxel tokens on `topology` and (images, rows, columns) of patches, made once.
 

@@ -102,6 +102,19 @@ class SparseEncoder(nn.Module):
             else:
                 self.blocks.append(SparseResBlock(channels, wider, width, resample="down", pooling=pooling))
 
+    def prepare(self, topology: Topology) -> Topology:
+        """Derive the levels of a topology and what their blocks read from it; returns the tokens' one."""
+        for block in self.blocks:
+            voxel_rows(topology)
+            if isinstance(block, SparseDownConv3d):
+                topology = topology.coarser().topology
+                continue
+            assert isinstance(block, SparseResBlock)
+            topology = topology.coarser().topology if block.resample == "down" else topology
+            topology.neighbours(block.conv1.kernel_size)
+        voxel_rows(topology)
+        return topology
+
     def forward(self, x: SparseTensor, embedding: Float[Tensor, "B E"]) -> tuple[SparseTensor, list[SparseTensor]]:
         """Tokens, and the output of every block for the decoder's skips."""
         dtype = self.input.weight.dtype

@@ -68,6 +68,12 @@ class SparseTransformer(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             return self.output_layer(F.layer_norm(h.float(), h.shape[-1:]).to(dtype))
 
+    def prepare(self, topology: Topology) -> None:
+        """Derive all that a forward reads from the topology, so that the forward never waits for the device."""
+        for number in range(len(self.blocks)):
+            self._layout(topology, number)
+        self.positions.of(topology)
+
     def _layout(self, topology: Topology, number: int) -> AttentionLayout:
         size = self.config.window_size
         if size is None:

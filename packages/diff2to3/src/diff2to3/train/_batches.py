@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from sparse_vae import SparseTensor, Topology
 from torch import Tensor
 
 from diff2to3._errors import InputError
@@ -173,7 +174,7 @@ class OccupancyBatches:
 class ViewBatches:
     """Lifted features with one view each to compare a rendering with.
 
-    ``coords`` [N, 4] and ``features`` [N, C]; ``image`` [B, 4, H, W] uint8 RGBA; ``pose`` [B, 4, 4], ``intrinsics``
+    ``features`` is a SparseTensor [N, C]; ``image`` [B, 4, H, W] uint8 RGBA; ``pose`` [B, 4, 4], ``intrinsics``
     [B, 3, 3]; ``hue`` [B] degrees that the target is to be turned by.
     """
 
@@ -195,10 +196,9 @@ class ViewBatches:
         flip = _MIRROR.to(pose)
         pose = torch.where(mirror.bool()[:, None, None], flip @ pose @ flip, pose)
         turns = torch.stack([yaw_matrix(k).mT for k in range(4)]).to(pose)
+        coords = place(data.coords.rows[rows], batch, mirror, turn, self.grid_size)
         return {
-            "coords": place(data.coords.rows[rows], batch, mirror, turn, self.grid_size),
-            "batch_size": count,
-            "features": data.features.rows[variant[batch], rows].float(),
+            "features": sparse(data.features.rows[variant[batch], rows].float(), coords, self.grid_size, count),
             "image": flip_where(data.views[chosen, view], mirror),
             "pose": pose @ turns[turn],
             "intrinsics": self.intrinsics[chosen, view],
@@ -210,8 +210,8 @@ class ViewBatches:
 class ConditionBatches:
     """Condition crops with the voxels (and latents) in the frame the crop asks for.
 
-    ``condition`` [B, 4, H, W] uint8 RGBA, ``hue`` [B], ``coords`` [N, 4]; with ``latents`` also those, [N, C].
-    ``object``, ``mirror`` and ``turn`` [B] say which objects these are and how they were placed.
+    ``condition`` [B, 4, H, W] uint8 RGBA, ``hue`` [B]; with ``latents`` those, a SparseTensor [N, C], else ``coords``
+    [N, 4]. ``object``, ``mirror`` and ``turn`` [B] say which objects these are and how they were placed.
     """
 
     def __init__(self, data: ObjectData, grid_size: int, frame: str, latents: bool) -> None:
@@ -234,8 +234,8 @@ class ConditionBatches:
         azimuth = self.azimuth[chosen, view]
         azimuth = torch.where(mirror.bool(), -azimuth, azimuth)
         turn = (-(azimuth / 90).round().long()) % 4 if self.frame == "view-snapped" else torch.zeros_like(view)
+        coords = place(data.coords.rows[rows], batch, mirror, turn, self.grid_size)
         result = {
-            "coords": place(data.coords.rows[rows], batch, mirror, turn, self.grid_size),
             "batch_size": count,
             "condition": flip_where(data.conditions[chosen, view], mirror),
             "hue": hue,
@@ -244,9 +244,16 @@ class ConditionBatches:
             "turn": turn,
             "seed": generator.initial_seed(),
         }
-        if self.latents:
-            result["latents"] = data.latents.rows[variant[batch], turn[batch], rows].float()
-        return result
+        if not self.latents:
+            return result | {"coords": coords}
+        latents = data.latents.rows[variant[batch], turn[batch], rows].float()
+        return result | {"latents": sparse(latents, coords, self.grid_size, count)}
+
+
+def sparse(rows: Float[Tensor, "N C"], coords: Int[Tensor, "N 4"], grid_size: int, batch_size: int) -> SparseTensor:
+    """Rows on their voxels, in the order of the topology."""
+    topology, order = Topology.from_coords(coords, grid_size, batch_size)
+    return SparseTensor(rows[order], topology)
 
 
 def place(

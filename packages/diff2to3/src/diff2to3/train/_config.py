@@ -22,6 +22,7 @@ class TrainConfig(BaseModel):
         steps: length of the schedule.
         max_minutes: wall-clock budget; the schedule ends there if that comes before ``steps``.
         batch_size: objects (or pictures) a step and process.
+        compile: torch.compile on CUDA for what sees the same shapes in every step; takes half a minute at the start.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
     """
 
@@ -45,6 +46,7 @@ class TrainConfig(BaseModel):
     gradient_clip: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
     device: str | None = None
     log_every: int = Field(default=50, ge=1)
     validate_every: int = Field(default=500, ge=1)

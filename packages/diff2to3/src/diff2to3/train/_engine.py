@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from diff2to3.train._checkpoint import Trained, load_state, save_model, save_state
 from diff2to3.train._config import TrainConfig
@@ -36,6 +36,13 @@ class Stage(Trained):
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
         """The data of a split; raises LookupError if that is empty."""
         raise NotImplementedError("abstract: a stage says what it trains on")
+
+    def prepare(self, batch: Batch) -> None:
+        """Derives from a batch what its forward needs and what would make the host wait for the device there."""
+
+    def static_modules(self) -> list[nn.Module]:
+        """Modules whose input shapes are the same in every step, so that compiling them pays."""
+        return []
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and figures to log, of a batch already on the device."""
@@ -73,6 +80,9 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # picture and grid sizes stay the same for a whole run
     stage.to(accelerator.device)
+    if config.compile and accelerator.device.type == "cuda":
+        for module in stage.static_modules():
+            module.compile()
     parameters = [p for p in stage.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -95,10 +105,11 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
         _validation_batch(stage, config, accelerator),
     )
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    batches[step * ranks + rank]  # reads the data into memory, so that the clock does not count it
+    ahead = _Ahead(stage, batches, accelerator.device)
+    ahead.prepare(step * ranks + rank)  # reads the data into memory, so that the clock does not count it
     started, figures = time.monotonic() - spent, {}
     while step < config.steps:
-        batch = batches[step * ranks + rank]
+        batch = ahead.take()
         seconds = time.monotonic() - started
         rate = schedule.learning_rate(step, seconds)
         for group in optimizer.param_groups:
@@ -108,6 +119,7 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
         norm = accelerator.clip_grad_norm_(parameters, config.gradient_clip)
         stepper.step()
         stepper.zero_grad(set_to_none=True)
+        ahead.prepare((step + 1) * ranks + rank)
         average.update_parameters(stage.model)
         step += 1
         done = schedule.progress(step, seconds) >= 1
@@ -134,6 +146,45 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
         with torch.no_grad():
             save_model(config.out / "model", *stage.finish())
     return figures
+
+
+class _Ahead:
+    """The next batch, prepared on a stream of its own while the device still works on this one.
+
+    Sizes of sparse batches reach the host while they are made. On the main stream each such read would wait for all
+    work in the queue, and the device would then wait for the host.
+    """
+
+    def __init__(self, stage: Stage, batches: Batches, device: torch.device) -> None:
+        self.stage, self.batches = stage, batches
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.batch: Batch = {}
+        self.used: tuple[torch.cuda.Event, Batch] | None = None
+
+    def prepare(self, index: int) -> None:
+        """Makes item ``index``; called when all work on the item taken last is in the queue."""
+        if self.stream is None:
+            self.batch = self._make(index)
+            return
+        if self.used is not None:  # memory of the item before the last is reused here: the device is done with it first
+            self.used[0].wait(self.stream)
+        finished = torch.cuda.Event()
+        finished.record()
+        self.used = finished, self.batch
+        with torch.cuda.stream(self.stream):
+            self.batch = self._make(index)
+
+    def take(self) -> Batch:
+        """The prepared item, on the main stream."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        return self.batch
+
+    def _make(self, index: int) -> Batch:
+        with torch.no_grad():
+            batch = self.batches[index]
+            self.stage.prepare(batch)
+        return batch
 
 
 def _ema(decay: float):

@@ -58,8 +58,16 @@ def stack_padded(objects: list[Gaussians]) -> dict[str, Tensor]:
     """Fields [B, N, ...] of B objects; the shorter ones end in Gaussians of opacity 0, which gsplat skips."""
     degree = max(item.sh_degree for item in objects)
     objects = [item.with_sh_degree(degree) for item in objects]
+    lengths = [len(item) for item in objects]
+    longest, device = max(lengths), objects[0].device
+    # One copy a field whatever the number of objects, and no copy of an array of rows from the host.
+    counts = torch.tensor(lengths, device=device)
+    gap = longest * torch.arange(len(objects), device=device) - (counts.cumsum(0) - counts)
+    rows = torch.arange(sum(lengths), device=device) + gap.repeat_interleave(counts, output_size=sum(lengths))
     filler = {"means": 0.0, "scales": 1.0, "quaternions": 1.0, "opacities": 0.0, "sh": 0.0}
-    return {
-        name: torch.nn.utils.rnn.pad_sequence([getattr(item, name) for item in objects], True, value)
-        for name, value in filler.items()
-    }
+    stacked = {}
+    for name, value in filler.items():
+        packed = torch.cat([getattr(item, name) for item in objects])
+        padded = packed.new_full((len(objects) * longest, *packed.shape[1:]), value)
+        stacked[name] = padded.index_copy(0, rows, packed).unflatten(0, (len(objects), longest))
+    return stacked

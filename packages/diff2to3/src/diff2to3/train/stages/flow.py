@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from flux_features import FluxFeatures, FluxFeaturesConfig
 from smdit import SMDiT, SMDiTConfig, StructureFlowConfig, flow_matching_loss
 from sparse_vae import SparseTensor, SparseVAEConfig, StructureVAE, StructureVAEConfig, Topology
-from torch import Tensor
+from torch import Tensor, nn
 
 from diff2to3._errors import InputError
 from diff2to3._progress import track
@@ -31,7 +31,11 @@ class _FlowStage(PictureStage):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         folder = part(config, "features")
-        self.extractor = frozen(FluxFeatures(read_config(folder, FluxFeaturesConfig)), folder)
+        extractor = FluxFeatures(read_config(folder, FluxFeaturesConfig)).to(memory_format=torch.channels_last)
+        self.extractor = frozen(extractor, folder)
+
+    def static_modules(self) -> list[nn.Module]:
+        return [self.extractor.autoencoder.encoder] if self.extractor.config.architecture == "tiny" else []
 
     def condition(self, batch: Batch) -> Tensor:
         """Image tokens [B, 1, h, w, C] of the condition crops, their hue turned, slightly moved in the frame."""
@@ -47,6 +51,8 @@ class _FlowStage(PictureStage):
 
 class FlowStage(_FlowStage):
     """SMDiT over the 2to3-VAE's latents (paper, sections 3.2 and 3.3)."""
+
+    model: SMDiT
 
     model_config: SMDiTConfig
     mean: Tensor
@@ -66,10 +72,15 @@ class FlowStage(_FlowStage):
         data = ObjectData(config, split, "latents", device)
         return ConditionBatches(data, self.model_config.grid_size, self.options.frame, latents=True)
 
+    def prepare(self, batch: Batch) -> None:
+        rows, columns = (
+            side // (self.extractor.stride * self.extractor.patch) for side in batch["condition"].shape[-2:]
+        )
+        self.model.prepare(batch["latents"].topology, (1, rows, columns))
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        grid_size, count = self.model_config.grid_size, batch["batch_size"]
-        topology, order = Topology.from_coords(batch["coords"], grid_size, count)
-        latents = SparseTensor((batch["latents"][order] - self.mean) / self.std, topology)
+        latents = batch["latents"]
+        latents = latents.replace((latents.features - self.mean) / self.std)
         loss = flow_matching_loss(
             self.model,
             latents,
@@ -84,6 +95,7 @@ class FlowStage(_FlowStage):
 class StructureFlowStage(_FlowStage):
     """The dense flow of stage 1 over the structure VAE's latents."""
 
+    model: SMDiT
     model_config: SMDiTConfig
     mean: Tensor
     std: Tensor
@@ -132,6 +144,9 @@ class StructureFlowStage(_FlowStage):
         )
         return loss, {}
 
+    def static_modules(self) -> list[nn.Module]:
+        return [*super().static_modules(), *self.model.double_blocks, *self.model.single_blocks]
+
     def _grid(self, batch_size: int, size: int, device: torch.device) -> Topology:
         """One topology for all steps, so that packing and rotary tables are made once."""
         if batch_size not in self._grids:
@@ -152,8 +167,8 @@ class _StructureBatches:
             objects = torch.arange(first, min(first + _CHUNK, len(data.ids)))
             batch, rows = data.coords.select(objects)
             for mirror, turn in product(range(2), range(4)):
-                how = (torch.full((len(objects),), value, device=data.device) for value in (mirror, turn))
-                coords = place(data.coords.rows[rows], batch, *how, batches.grid_size)
+                mirrors, turns = (torch.full((len(objects),), value, device=data.device) for value in (mirror, turn))
+                coords = place(data.coords.rows[rows], batch, mirrors, turns, batches.grid_size)
                 parts.append(encode(coords, len(objects)).half())
             parts[-8:] = [torch.stack(parts[-8:], 1).unflatten(1, (2, 4))]
         self.table = torch.cat(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from gs_render import Camera, render_batch
-from sparse_vae import SparseTensor, SparseVAE, SparseVAEConfig, Topology, gaussian_regularisation, kl_divergence
+from sparse_vae import SparseVAE, SparseVAEConfig, gaussian_regularisation, kl_divergence
 from torch import Tensor
 
 from diff2to3.data._augment import hue_matrix, shift_hue
@@ -34,11 +34,13 @@ class VAEStage(PictureStage):
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
         return ViewBatches(ObjectData(config, split, "features", device), self.model_config.grid_size)
 
+    def prepare(self, batch: Batch) -> None:
+        for half in (self.model.encoder, self.model.decoder):
+            half.transformer.prepare(batch["features"].topology)
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         generator = generator_of(batch)
-        grid_size, count = self.model_config.grid_size, batch["batch_size"]
-        topology, order = Topology.from_coords(batch["coords"], grid_size, count)
-        objects, mean, logvar = self.model(SparseTensor(batch["features"][order], topology), generator)
+        objects, mean, logvar = self.model(batch["features"], generator)
         rgba = batch["image"].float() / 255
         ground = (torch.rand(len(rgba), 1, generator=generator, device=rgba.device) < 0.5).float().expand(-1, 3)
         target = composite(shift_hue(rgba[:, :3], hue_matrix(batch["hue"])), rgba[:, 3:], ground[..., None, None])
