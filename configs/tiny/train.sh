@@ -28,8 +28,7 @@ stage() {  # stage GPU NAME MINUTES [more settings]
     shift 3
     [ -f "$folder/model/config.json" ] && return
     CUDA_VISIBLE_DEVICES=$gpu run train "$name" "$here/$name.yaml" --resume \
-        --set data="$data" --set out="$folder" --set max_minutes="$time" --set parts.features="$out/autoencoder/model" \
-        --set parts.vae="$out/vae/model" --set parts.structure_vae="$out/structure_vae/model" "$@" "${settings[@]}" >>"$out/$name.log" 2>&1
+        --set data="$data" --set out="$folder" --set max_minutes="$time" "$@" "${settings[@]}" >>"$out/$name.log" 2>&1
     say "$name: $(tail -n 1 "$out/$name.log")"
 }
 shards() {  # shards COUNT COMMAND...: a data stage in COUNT processes over all GPUs
@@ -43,6 +42,7 @@ shards() {  # shards COUNT COMMAND...: a data stage in COUNT processes over all 
     pids=()
 }
 pids=()
+features=(--set parts.features="$out/autoencoder/model")
 perceptual=()
 [ -n "${LPIPS:-}" ] && perceptual=(--set options.lpips="$LPIPS" --set options.lpips_backbone=alex)
 
@@ -58,14 +58,14 @@ stage "$first" autoencoder 2.6 "${perceptual[@]}" & autoencoder=$!
 run data render "$assets" "$data" --workers "$workers" --split train --extra-views 2
 say views
 wait $autoencoder $structure_vae
-stage "$second" structure-flow "$(left 0.7)" & structure_flow=$!
+stage "$second" structure-flow "$(left 0.7)" "${features[@]}" --set parts.structure_vae="$out/structure_vae/model" & structure_flow=$!
 shards $((10 * gpus)) features "$data" --extractor "$out/autoencoder/model"
 say features
 stage "$first" vae "$(python3 -c "print($minutes * 0.25)")" "${perceptual[@]}"
 shards $((5 * gpus)) latents "$data" --vae "$out/vae/model"
 run data latents "$data" --vae "$out/vae/model"  # all are there: measures their statistics
 say latents
-stage "$first" flow "$(left 0.7)"
+stage "$first" flow "$(left 0.7)" "${features[@]}" --set parts.vae="$out/vae/model"
 wait $structure_flow
 run train assemble "$out" "$out/pipeline"
 say done
