@@ -187,7 +187,7 @@ def test_wrong_arguments_are_explained(objects):
         SparseConv3d(5, 6)(x)
     with pytest.raises(ValueError, match="kernel_size must be odd"):
         SparseConv3d(4, 6, kernel_size=2)
-    with pytest.raises(ValueError, match="choose one of torch, spconv, spconv-triton"):
+    with pytest.raises(ValueError, match="choose one of torch, triton, spconv, spconv-triton"):
         SparseConv3d(4, 6, backend="cudnn")
     with pytest.raises(RuntimeError, match="'spconv' is not available: it is used on CUDA only"):
         SparseConv3d(4, 4, backend="spconv")(x)
@@ -199,7 +199,7 @@ def test_wrong_arguments_are_explained(objects):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["torch", "spconv", "spconv-triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "spconv", "spconv-triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_backends_on_the_gpu(surface, backend, dtype):
     reason = convolution_backends("cuda")[backend] if torch.cuda.is_available() else "there is no GPU"

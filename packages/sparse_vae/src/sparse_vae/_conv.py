@@ -65,8 +65,9 @@ class SparseConv3d(_SparseConv):
         out_channels: channels of the output.
         kernel_size: odd side of the kernel.
         bias: whether to add one.
-        backend: "torch", "spconv" or "spconv-triton"; None takes that of the enclosing `convolution_backend` context,
-            else "torch". All backends share parameters and state dict.
+        backend: "torch", "triton", "spconv" or "spconv-triton"; None takes that of the enclosing `convolution_backend`
+            context, else "triton" on CUDA in half or single precision where Triton works, else "torch". All backends
+            share parameters and state dict.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class SparseDownConv3d(_SparseConv):
     def forward(self, x: SparseTensor) -> SparseTensor:
         """[N, in_channels] -> [M, out_channels] on `x.topology.coarser().topology`."""
         features, weight = self._operands(x)
-        out = convolve(features, weight.flatten(1, 3), _octant_map(x.topology))
+        out = _strided(features, weight, _octant_map(x.topology))
         return SparseTensor(self._with_bias(out), x.topology.coarser().topology)
 
 
@@ -109,7 +110,7 @@ class SparseUpConv3d(_SparseConv):
         """[M, in_channels] -> [N, out_channels] on the fine `topology`, whose coarse level is `x.topology`."""
         _check_coarse(x, topology)
         features, weight = self._operands(x)
-        out = convolve(features, weight.flatten(1, 3), _octant_map(topology).transposed)
+        out = _strided(features, weight, _octant_map(topology).transposed)
         return SparseTensor(self._with_bias(out), topology)
 
 
@@ -221,7 +222,10 @@ class ConvolutionBackend:
 
 @contextmanager
 def convolution_backend(name: str | None) -> Iterator[None]:
-    """Prefer a backend for every `SparseConv3d` inside the block that names none itself."""
+    """Prefer a backend for every `SparseConv3d` inside the block that names none itself.
+
+    Strided convolutions heed "torch" and "triton"; the other backends leave them to "torch".
+    """
     if name is not None:
         _find(name)
     token = _preferred.set(name)
@@ -237,14 +241,15 @@ def convolution_backends(device: torch.device | str = "cpu") -> dict[str, str | 
 
 
 def _resolve(name: str | None, features: Tensor) -> ConvolutionBackend:
-    name = name or _preferred.get()
-    if name is None:
-        return _BACKENDS[0]
-    backend = _find(name)
+    backend = _find(name or _preferred.get() or _default(features))
     reason = backend.is_available(features.device)
     if reason is not None:
-        raise RuntimeError(f"convolution backend {name!r} is not available: {reason}")
+        raise RuntimeError(f"convolution backend {backend.name!r} is not available: {reason}")
     return backend
+
+
+def _default(features: Tensor) -> str:
+    return "triton" if features.dtype in _TRITON_DTYPES and _triton_reason(features.device) is None else "torch"
 
 
 def _find(name: str) -> ConvolutionBackend:
@@ -254,12 +259,47 @@ def _find(name: str) -> ConvolutionBackend:
     raise ValueError(f"no convolution backend {name!r}: choose one of {', '.join(b.name for b in _BACKENDS)}")
 
 
+def _strided(features: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
+    name = _preferred.get() or _default(features)
+    if name == "triton":
+        _resolve(name, features)  # explains why it is not available
+        _check_triton(features, weight)
+    return convolve(features, weight.flatten(1, 3), kernel_map, triton=name == "triton")
+
+
 def _torch(features: Tensor, weight: Tensor, topology: Topology) -> Tensor:
     return convolve(features, weight.flatten(1, 3), _neighbour_map(topology, weight.shape[1]))
 
 
+def _triton(features: Tensor, weight: Tensor, topology: Topology) -> Tensor:
+    _check_triton(features, weight)
+    return convolve(features, weight.flatten(1, 3), _neighbour_map(topology, weight.shape[1]), triton=True)
+
+
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _check_triton(features: Tensor, weight: Tensor) -> None:
+    if features.dtype not in _TRITON_DTYPES or weight.dtype != features.dtype:
+        raise ValueError(
+            "convolution backend 'triton' takes features and weight of one dtype, float16, bfloat16 or float32; got "
+            f"{features.dtype} and {weight.dtype}"
+        )
+
+
+def _triton_reason(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a GPU, got {device.type}"
+    try:
+        from sparse_vae import _triton_conv  # not at the top: it imports Triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install triton"
+    return _triton_conv.failure(device)
+
+
 _BACKENDS = (
     ConvolutionBackend("torch", _torch, lambda device: None),
+    ConvolutionBackend("triton", _triton, _triton_reason),
     ConvolutionBackend("spconv", _spconv.run_spconv, _spconv.spconv_reason),
     ConvolutionBackend("spconv-triton", _spconv.run_triton, _spconv.triton_reason),
 )

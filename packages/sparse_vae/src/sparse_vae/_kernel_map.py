@@ -1,4 +1,4 @@
-"""Convolution over a kernel map in plain PyTorch: the backend that runs everywhere, and the oracle of the others."""
+"""Convolution over a kernel map; in plain PyTorch it runs everywhere and is the oracle of the other backends."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ class KernelMap:
 
     @cached_property
     @torch.inference_mode(False)
+    def sources32(self) -> Int[Tensor, "K M"]:
+        """`sources` as int32, with -1 for none."""
+        return torch.where(self.sources < self.num_inputs, self.sources, -1).int()
+
+    @cached_property
+    @torch.inference_mode(False)
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(input rows, output rows) that meet at every offset (synchronises with the host once)."""
         result = []
@@ -51,20 +57,23 @@ class KernelMap:
         return result
 
 
-def convolve(x: Float[Tensor, "N C"], weight: Float[Tensor, "D K C"], kernel_map: KernelMap) -> Float[Tensor, "M D"]:
+def convolve(
+    x: Float[Tensor, "N C"], weight: Float[Tensor, "D K C"], kernel_map: KernelMap, triton: bool = False
+) -> Float[Tensor, "M D"]:
     """Sum over offsets: `out[i] = sum_k weight[:, k] @ x[sources[k, i]]`. Differentiable in `x` and `weight`.
 
-    Saves nothing for the backward besides its arguments, and adds up in a fixed order in both directions.
+    Saves nothing for the backward besides its arguments, and adds up in a fixed order in both directions. With `triton`
+    the kernels of `_triton_conv` do the work, in the forward and in the backward, instead of plain PyTorch.
     """
-    return _Convolve.apply(x, weight, kernel_map)
+    return _Convolve.apply(x, weight, kernel_map, triton)
 
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, kernel_map):
+    def forward(ctx, x, weight, kernel_map, triton):
         ctx.save_for_backward(x, weight)
-        ctx.kernel_map = kernel_map
-        return _forward(x, weight, kernel_map)
+        ctx.kernel_map, ctx.triton = kernel_map, triton
+        return _forward(x, weight, kernel_map, triton)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -74,17 +83,21 @@ class _Convolve(torch.autograd.Function):
         # Autocast does not reach into a custom backward, so the products run in the dtype of their operands.
         grad = grad.to(x.dtype).contiguous()
         if ctx.needs_input_grad[0]:
-            grad_x = _forward(grad, weight.permute(2, 1, 0), ctx.kernel_map.transposed)
+            grad_x = _forward(grad, weight.permute(2, 1, 0), ctx.kernel_map.transposed, ctx.triton)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(x, grad, ctx.kernel_map).to(weight.dtype)
-        return grad_x, grad_weight, None
+            grad_weight = _weight_gradient(x, grad, ctx.kernel_map, ctx.triton).to(weight.dtype)
+        return grad_x, grad_weight, None, None
 
 
 # A CPU is bound by arithmetic and multiplies only the pairs that exist; a GPU is bound by memory traffic and launches
-# and makes one large product, absent neighbours being a row of zeros.
+# and makes one large product, absent neighbours being a row of zeros. Triton spares it the gathered copy.
 
 
-def _forward(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, kernel_map: KernelMap, triton: bool = False) -> Tensor:
+    if triton:
+        from sparse_vae import _triton_conv
+
+        return _triton_conv.forward(x, weight, kernel_map)
     if x.device.type != "cpu":
         return _gathered_forward(x, weight, kernel_map)
     identity = kernel_map.identity
@@ -95,7 +108,11 @@ def _forward(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
     return out
 
 
-def _weight_gradient(x: Tensor, grad: Tensor, kernel_map: KernelMap) -> Tensor:
+def _weight_gradient(x: Tensor, grad: Tensor, kernel_map: KernelMap, triton: bool = False) -> Tensor:
+    if triton:
+        from sparse_vae import _triton_conv
+
+        return _triton_conv.weight_gradient(x, grad, kernel_map)
     if x.device.type != "cpu":
         return _gathered_weight_gradient(x, grad, kernel_map)
     products = [grad.index_select(0, outputs).T @ x.index_select(0, inputs) for inputs, outputs in kernel_map.pairs]
