@@ -9,6 +9,7 @@
 #
 #   MINUTES      wall-clock minutes of the whole run (default 26): the flows train until then
 #   LPIPS        AlexNet LPIPS weights (safetensors) for the pictures' losses; without it L1 and SSIM only
+#   INIT         model folders of an earlier run (`diff2to3 train unpack`): stages that train start from those
 #   WORKERS      processes that render and voxelize (default: all cores)
 set -euo pipefail
 assets=$1 out=$2
@@ -27,6 +28,7 @@ stage() {  # stage GPU NAME MINUTES [more settings]
     local gpu=$1 name=$2 time=$3 folder=$out/${2//-/_}
     shift 3
     [ -f "$folder/model/config.json" ] && return
+    [ -n "${INIT:-}" ] && [ -d "$INIT/${name//-/_}/model" ] && set -- --set init="$INIT/${name//-/_}/model" "$@"
     CUDA_VISIBLE_DEVICES=$gpu run train "$name" "$here/$name.yaml" --resume \
         --set data="$data" --set out="$folder" --set max_minutes="$time" "$@" "${settings[@]}" >>"$out/$name.log" 2>&1
     say "$name: $(tail -n 1 "$out/$name.log")"

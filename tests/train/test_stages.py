@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from diff2to3.train._assemble import assemble
+from diff2to3.train._assemble import assemble, unpack
 from diff2to3.train._engine import train
 from diff2to3.train.stages import STAGES, build_stage
 from PIL import Image
+from safetensors.torch import load_file
 
 
 @pytest.fixture
@@ -36,6 +37,24 @@ def test_the_five_stages_make_a_pipeline_that_generates(trained, tmp_path):
     picture.paste((200, 30, 30, 255), (10, 10, 30, 30))
     asset = pipeline(picture, seed=1)
     assert len(asset.gaussians) == 2 * len(asset.voxels)
+
+
+def test_an_unpacked_pipeline_is_trained_on_from(trained, micro_config, tmp_path):
+    """Unpacking undoes assembling, and `init` makes the first step start from the unpacked weights."""
+    settings = {"threshold": -2.0, "structure_guidance": 1.0, "guidance": 1.0, "steps": 2}
+    assemble(trained, tmp_path / "pipe", "micro", **settings)
+    stages = unpack(tmp_path / "pipe", tmp_path / "again")
+    (tmp_path / "again" / "structure_vae").symlink_to(trained / "structure_vae")
+    assemble(tmp_path / "again", tmp_path / "pipe2", "micro", **settings)
+    assert sorted(stages) == ["autoencoder", "flow", "structure_flow", "vae"]
+    for file in (tmp_path / "pipe").iterdir():
+        assert file.read_bytes() == (tmp_path / "pipe2" / file.name).read_bytes(), file.name
+
+    start = tmp_path / "again" / "flow" / "model"
+    config = micro_config("flow", init=start, steps=1, learning_rate=1e-9, out=tmp_path / "more")
+    train(build_stage("flow", config), config)
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "more" / "model"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
 def test_stage_two_refuses_a_vae_without_statistics(micro_config):

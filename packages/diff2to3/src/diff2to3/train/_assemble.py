@@ -1,4 +1,4 @@
-"""Trained stages -> a pipeline directory."""
+"""Trained stages -> a pipeline directory, and back."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from pathlib import Path
 
 import torch
 from flux_features import FluxFeatures, FluxFeaturesConfig
-from safetensors.torch import save_file
+from pydantic import BaseModel
+from safetensors.torch import save
 from smdit import SamplerConfig as StructureSamplerConfig
 from smdit import SMDiT, SMDiTConfig, StructureFlow, StructureFlowConfig
 from sparse_vae import SparseVAE, SparseVAEConfig, StructureVAE, StructureVAEConfig
-from torch import Tensor
+from torch import Tensor, nn
 
+from diff2to3._errors import InputError
+from diff2to3._pipeline import Pipeline
 from diff2to3._pipeline_config import ComponentConfig, PipelineConfig, SamplerConfig
 from diff2to3._store import save_pipeline, weights_path
-from diff2to3.eval._vae import ENCODER
-from diff2to3.train._checkpoint import read_config, read_weights
+from diff2to3.eval._vae import ENCODER, pipeline_models
+from diff2to3.train._checkpoint import read_config, read_weights, save_model
 
 
 def assemble(
@@ -74,5 +77,29 @@ def assemble(
     }
     save_pipeline(out, config, modules, torch.float16)
     encoder: dict[str, Tensor] = {k: v.half().contiguous() for k, v in vae.encoder.state_dict().items()}
-    save_file(encoder, weights_path(out, ENCODER))
+    weights_path(out, ENCODER).write_bytes(save(encoder))  # unlike save_file, with the permissions of any new file
     return sum(p.numel() for module in (*modules.values(), vae.encoder) for p in module.parameters())
+
+
+def unpack(source: Path, runs: Path) -> list[str]:
+    """Writes the parts of a pipeline as the stages' ``model`` folders under ``runs``; returns the stages' names.
+
+    The structure VAE is not among them: a pipeline holds its decoder alone.
+
+    Raises:
+        InputError: the pipeline is of other components, or its encoder is missing.
+    """
+    pipeline = Pipeline.from_pretrained(source, device="cpu")
+    extractor, vae = pipeline_models(source, "cpu")
+    structure, backbone = pipeline.structure, pipeline.backbone
+    if not isinstance(structure, StructureFlow) or not isinstance(backbone, SMDiT):
+        raise InputError(f"{source}: expected the structure flow and SMDiT of this project")
+    models: dict[str, tuple[BaseModel, nn.Module]] = {
+        "autoencoder": (extractor.config, extractor),
+        "vae": (vae.config, vae),
+        "structure_flow": (structure.flow.config, structure.flow),
+        "flow": (backbone.config, backbone),
+    }
+    for stage, (config, model) in models.items():
+        save_model(runs / stage / "model", config, model.state_dict())
+    return list(models)

@@ -51,3 +51,13 @@ def assemble(runs: Path, out: Path, name: str, threshold: float, structure_guida
 
     count = run(runs, out, name, threshold, structure_guidance, guidance)
     click.echo(f"{out}: {count / 1e6:.2f} M parameters")
+
+
+@train.command()
+@click.argument("pipeline", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("runs", type=click.Path(path_type=Path))
+def unpack(pipeline: Path, runs: Path) -> None:
+    """Take a PIPELINE directory apart into model folders under RUNS, to train on from (init: FOLDER)."""
+    from diff2to3.train._assemble import unpack as run
+
+    click.echo(f"{runs}: {', '.join(run(pipeline, runs))}")

@@ -17,6 +17,7 @@ class TrainConfig(BaseModel):
         data: data set folder (``diff2to3 data``).
         out: run folder; the trained model lands in ``out/model``.
         model: ``{preset: name, ...}`` with any field of the stage's model config overridden.
+        init: model folder whose weights the training starts from; random ones without it.
         parts: checkpoints that the stage builds on, by role (``features``, ``vae``, ``structure_vae``).
         options: settings of the stage itself (loss weights, augmentation).
         steps: length of the schedule.
@@ -31,6 +32,7 @@ class TrainConfig(BaseModel):
     data: Path
     out: Path
     model: dict[str, Any] = Field(default_factory=dict)
+    init: Path | None = None
     parts: dict[str, Path] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
     split: str = "train"

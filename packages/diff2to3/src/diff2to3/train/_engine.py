@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from diff2to3.train._checkpoint import Trained, load_state, save_model, save_state
+from diff2to3.train._checkpoint import Trained, load_state, read_weights, save_model, save_state
 from diff2to3.train._config import TrainConfig
 
 Batch = dict[str, Any]
@@ -79,6 +79,8 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # picture and grid sizes stay the same for a whole run
+    if config.init is not None:
+        stage.model.load_state_dict(read_weights(config.init))
     stage.to(accelerator.device)
     if config.compile and accelerator.device.type == "cuda":
         for module in stage.static_modules():

@@ -35,6 +35,8 @@ class Options(BaseModel):
     bce_weight: float = 1.0
     frame: Literal["canonical", "view-snapped"] = "view-snapped"
     time: Literal["uniform", "logit_normal"] = "uniform"
+    time_mean: float = 1.0
+    time_std: float = 1.0
     p_uncond: float = 0.1
     jitter: float = 0.04
     crop: int | None = None

@@ -28,6 +28,8 @@ _CHUNK = 128  # objects encoded at once
 class _FlowStage(PictureStage):
     """A flow model conditioned on the features of a picture."""
 
+    model: SMDiT
+
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         folder = part(config, "features")
@@ -48,11 +50,22 @@ class _FlowStage(PictureStage):
         with torch.no_grad():
             return self.extractor.tokens(self.extractor(picture))[:, None].float()
 
+    def flow_loss(self, latents: SparseTensor, batch: Batch) -> Tensor:
+        """The flow-matching loss of normalised latents under the batch's conditions."""
+        return flow_matching_loss(
+            self.model,
+            latents,
+            self.condition(batch),
+            generator_of(batch, 1),
+            p_uncond=self.options.p_uncond if self.training else 0.0,
+            time=self.options.time,
+            time_mean=self.options.time_mean,
+            time_std=self.options.time_std,
+        )
+
 
 class FlowStage(_FlowStage):
     """SMDiT over the 2to3-VAE's latents (paper, sections 3.2 and 3.3)."""
-
-    model: SMDiT
 
     model_config: SMDiTConfig
     mean: Tensor
@@ -81,21 +94,12 @@ class FlowStage(_FlowStage):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latents = batch["latents"]
         latents = latents.replace((latents.features - self.mean) / self.std)
-        loss = flow_matching_loss(
-            self.model,
-            latents,
-            self.condition(batch),
-            generator_of(batch, 1),
-            p_uncond=self.options.p_uncond if self.training else 0.0,
-            time=self.options.time,
-        )
-        return loss, {}
+        return self.flow_loss(latents, batch), {}
 
 
 class StructureFlowStage(_FlowStage):
     """The dense flow of stage 1 over the structure VAE's latents."""
 
-    model: SMDiT
     model_config: SMDiTConfig
     mean: Tensor
     std: Tensor
@@ -134,15 +138,7 @@ class StructureFlowStage(_FlowStage):
         latents = batch["latents"].float()
         topology = self._grid(len(latents), latents.shape[-1], latents.device)
         rows = latents.flatten(2).transpose(1, 2).reshape(-1, latents.shape[1])
-        loss = flow_matching_loss(
-            self.model,
-            SparseTensor(rows, topology),
-            self.condition(batch),
-            generator_of(batch, 1),
-            p_uncond=self.options.p_uncond if self.training else 0.0,
-            time=self.options.time,
-        )
-        return loss, {}
+        return self.flow_loss(SparseTensor(rows, topology), batch), {}
 
     def static_modules(self) -> list[nn.Module]:
         return [*super().static_modules(), *self.model.double_blocks, *self.model.single_blocks]
