@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from diff2to3._cli import cli
 from diff2to3._errors import InputError
-from gs_render import Gaussians, save
+from gs_render import Gaussians, load, save
 from PIL import Image, ImageDraw
 
 
@@ -72,6 +72,21 @@ def test_a_folder_is_no_file(splat, tmp_path):
     assert "folder.ply" in refuses("convert", splat, tmp_path / "folder.ply")
     assert "not a folder" in refuses("convert", splat, splat / "x.spz")
     assert "not a folder" in refuses("view", splat, "-o", tmp_path / "none" / "x.html")
+
+
+def test_what_a_format_cannot_hold_is_refused(splat, tmp_path):
+    ball = load(splat)
+    far = save(ball.transform(scale=1e8), tmp_path / "far.ply")
+    assert "x.spz cannot be written: .spz keeps positions up to" in refuses("convert", far, tmp_path / "x.spz")
+    nothing = save(Gaussians.empty(), tmp_path / "nothing.ply")
+    assert "expected Gaussians with an opacity" in refuses("convert", nothing, tmp_path / "x.obj")
+    assert {path.name for path in tmp_path.iterdir()} == {"ball.ply", "far.ply", "nothing.ply"}
+
+
+def test_convert_says_what_the_format_keeps(splat, tmp_path):
+    lines = run("convert", splat, tmp_path / "x.splat").stdout.splitlines()
+    assert lines[0].endswith("x.splat: 400 Gaussians, 12,800 bytes")
+    assert lines[1].startswith("kept: position and scale exactly")
 
 
 def test_view_writes_pages_only(splat, tmp_path):

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import logging
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
@@ -27,3 +29,19 @@ def test_note_comes_with_a_cold_cache_only(tmp_path):
     assert "gs_render" in notes[0][0]
     assert "compiling the CPU renderer" in notes[0][0]
     assert notes[1] == []
+
+
+def test_without_any_writable_folder_it_compiles_in_memory(monkeypatch, caplog):
+    """numba itself raises RuntimeError: a read-only installation, and a user without a home."""
+    caching = pytest.importorskip("numba.core.caching")
+    from gs_render._backends import _compile
+
+    def no_folder(self, function):
+        raise RuntimeError(f"cannot cache function {function.__name__!r}: no locator available for file '...'")
+
+    monkeypatch.setattr(caching.CacheImpl, "__init__", no_folder)
+    _compile._say_uncached.cache_clear()
+    with caplog.at_level("INFO", "gs_render"):
+        functions = [_compile.compiled(nogil=True)(lambda x: x + 1) for _ in range(2)]
+    assert [function(2) for function in functions] == [3, 3]
+    assert [record.message[:40] for record in caplog.records] == ["no folder for compiled code can be writt"]

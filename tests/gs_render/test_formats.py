@@ -1,6 +1,7 @@
 """Round trips within each format's stated precision, empty scenes, hostile files, what is lost."""
 
 import gzip
+import io
 import json
 import runpy
 import struct
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from gs_render import FORMATS, Gaussians, LossWarning, convert, describe, load, save
+from gs_render._formats._glb import join_glb
+from PIL import Image
 
 # position, log-scale, covariance (relative), opacity, sh0, higher harmonics
 PRECISION = {
@@ -77,6 +80,57 @@ def test_loss_of_harmonics_is_said(make_gaussians, tmp_path, suffix):
         save(make_gaussians(20, degree=2), tmp_path / f"a{suffix}")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "messages"),
+    [
+        (".ply", []),
+        (".glb", []),
+        (".sog", []),
+        (".compressed.ply", ["higher harmonics of -4 .. 4; 2 of 3"]),
+        (".splat", ["colours of 0 .. 1; 1 of 3"]),
+        (
+            ".spz",
+            ["colours of -0.44 .. 1.44; 1 of 3", "harmonics of -1 .. 1; 2 of 3", "scales of 4.53e-05 .. 379; 1 of 3"],
+        ),
+    ],
+)
+def test_clipping_is_said(make_gaussians, tmp_path, suffix, messages):
+    degree = 0 if suffix in (".splat", ".sog") else 1
+    made = make_gaussians(3, degree=1)
+    sh, scales = torch.zeros(3, 4, 3), torch.full((3, 3), 0.1)
+    sh[0, 0], sh[1:, 2], scales[2, 1] = 9.0, -5.0, 1e-6
+    edge = Gaussians(made.means, scales, made.quaternions, made.opacities, sh).with_sh_degree(degree)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save(edge, tmp_path / f"a{suffix}", up="z")
+    assert len(caught) == len(messages)
+    for warning, message in zip(caught, messages, strict=True):
+        assert warning.category is LossWarning
+        assert message in str(warning.message)
+
+
+@pytest.mark.parametrize("suffix", PRECISION)
+def test_values_at_the_ends_of_a_range_are_not_clipped(make_gaussians, tmp_path, suffix):
+    """The ranges that the table of formats states are the true ones."""
+    known = next(item for item in FORMATS if item.suffix == suffix)
+    made = make_gaussians(8, degree=1)
+    sh, scales = torch.zeros(8, 4, 3), torch.full((8, 3), 0.1)
+    low, high = known.rgb_range or (-3.0, 4.0)
+    sh[:4, 0], sh[4:, 0] = (low - 0.5) / 0.28209479, (high - 0.5) / 0.28209479
+    sh[:4, 1:], sh[4:, 1:] = -(known.sh_limit or 6.0), known.sh_limit or 6.0
+    least, most = known.scale_range or (1e-6, 1e3)
+    scales[:4], scales[4:] = 1.01 * least, 0.99 * most
+    edge = Gaussians(made.means, scales, made.quaternions, made.opacities, sh).with_sh_degree(known.max_sh_degree)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(edge.with_sh_degree(min(1, known.max_sh_degree)), tmp_path / f"a{suffix}", up="z")
+    again = matched(edge, load(tmp_path / f"a{suffix}", up="z"))
+    assert (again.rgb - edge.rgb).abs().max() < 0.01
+    assert (again.scales.log() - edge.scales.log()).abs().max() < 0.04
+    if known.max_sh_degree:
+        assert (again.with_sh_degree(1).sh - edge.with_sh_degree(1).sh)[:, 1:].abs().max() < 0.02
+
+
 def test_edges_of_the_value_ranges(tmp_path):
     rows = torch.zeros(2, 3), torch.tensor([[0.0] * 3, [1e-12] * 3]), torch.tensor([[1.0, 0, 0, 0]] * 2)
     edge = Gaussians(*rows, torch.tensor([0.0, 1.0]), torch.full((2, 1, 3), 50.0))
@@ -139,6 +193,59 @@ def test_sog_that_claims_too_much(make_gaussians, tmp_path):
                 archive.writestr(name, json.dumps(meta) if name == "meta.json" else data)
         with pytest.raises(ValueError, match=message):
             load(path)
+
+
+def test_sog_of_empty_pictures_stays_small(make_gaussians, tmp_path):
+    """Lossless pictures of one colour cost nothing, so the count alone must be bounded."""
+    path = save(make_gaussians(20), tmp_path / "a.sog")
+    with zipfile.ZipFile(path) as archive:
+        meta = json.loads(archive.read("meta.json")) | {"count": 1 << 20}
+    buffer = io.BytesIO()
+    Image.new("RGBA", (1024, 1024), (0, 0, 0, 252)).save(buffer, "WEBP", lossless=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("means_l", "means_u", "quats", "scales", "sh0"):
+            archive.writestr(f"{name}.webp", buffer.getvalue())
+        archive.writestr("meta.json", json.dumps(meta))
+    with pytest.raises(ValueError, match="1048576 Gaussians claimed"):
+        load(path)
+
+
+def rewrite_glb(path: Path, change) -> Path:
+    data = path.read_bytes()
+    length = struct.unpack("<I", data[12:16])[0]
+    document = json.loads(data[20 : 20 + length])
+    change(document)
+    path.write_bytes(join_glb(document, data[28 + length :]))
+    return path
+
+
+@pytest.mark.parametrize("count", [300, 0])
+def test_glb_that_shows_one_mesh_without_end(make_gaussians, tmp_path, count):
+    """Thousands of nodes may share one mesh: a small file must not become gigabytes."""
+
+    def repeat(document):
+        document["nodes"] = [{"mesh": 0}] * 5000
+        document["scenes"] = [{"nodes": list(range(5000))}]
+        for accessor in document["accessors"]:
+            accessor["count"] = count
+
+    path = rewrite_glb(save(make_gaussians(300), tmp_path / "a.glb"), repeat)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="primitives"):
+        load(path)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_glb_may_show_one_mesh_a_few_times(make_gaussians, tmp_path):
+    def place(document):
+        document["nodes"] = [{"mesh": 0}, {"mesh": 0, "translation": [1, 0, 0], "scale": [2, 2, 2]}]
+        document["scenes"] = [{"nodes": [0, 1]}]
+
+    original = make_gaussians(30, degree=1)
+    both = load(rewrite_glb(save(original, tmp_path / "a.glb", up="z"), place), up="z")
+    assert len(both) == 60
+    assert torch.allclose(both[:30].means + both[30:].means, 3 * original.means + torch.tensor([1.0, 0, 0]), atol=1e-5)
 
 
 def test_damaged_files_never_crash():

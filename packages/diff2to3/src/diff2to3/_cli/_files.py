@@ -53,7 +53,7 @@ def view(file: str, out: str | None, port: int, no_browser: bool, up: Up | None)
         if out is None:
             click.echo("diff2to3: viser is not installed (pip install 'diff2to3[view]'): an offline page", err=True)
         page = Path(out) if out else Path(tempfile.mkdtemp(prefix="diff2to3-")) / f"{source.stem}.html"
-        with writing(page):
+        with _writing(page):
             export(gaussians, page)
     click.echo(str(page))
     _open(page.resolve().as_uri(), no_browser)
@@ -90,9 +90,12 @@ def convert(source: str, target: str, up: Up | None) -> None:
     gaussians = _load(Path(source), up)
     from diff2to3._asset import export
 
-    with writing(path):
+    with _writing(path):
         export(gaussians, path)
     click.echo(f"{path}: {len(gaussians):,} Gaussians, {path.stat().st_size:,} bytes")
+    keeps = _kept(path)
+    if keeps:
+        click.echo(f"kept: {keeps}")
 
 
 @click.command()
@@ -157,6 +160,27 @@ def _load(path: Path, up: Up | None = None) -> Gaussians:
         import gs_render
 
         return gs_render.load(path, up=up)
+
+
+def _kept(path: Path) -> str | None:
+    """What the format of a written file keeps of Gaussians; None for a third party's."""
+    import gs_render
+
+    name = path.name.lower()
+    known = [item for item in gs_render.FORMATS if name.endswith(item.suffix)]
+    return max(known, key=lambda item: len(item.suffix)).keeps if known else None
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what the disk or the format refuses into an `InputError` that names the target."""
+    try:
+        with writing(path):
+            yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Numba kernels of the CPU backend: bin by tile, blend front to back, and the gradient of the blend.
 
 Every kernel releases the GIL and works on a range of tiles, so a plain thread pool runs them: `prange` would bring
-OpenMP, whose workers do not survive the fork of a data loader. Machine code is cached on disk at the first call.
+OpenMP, whose workers do not survive the fork of a data loader. Machine code is cached on disk at the first call
+(see `_compile`).
 
 A tile is 16 x 16 pixels. Within a tile each Gaussian visits only the rows that it reaches, and a row is always
 processed whole: a branch-free loop of fixed length becomes SIMD code, which beats skipping pixels.
@@ -13,9 +14,9 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import numba as nb
 import numpy as np
 
+from gs_render._backends._compile import compiled
 from gs_render._project import MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE
 
 TILE = 16
@@ -30,10 +31,10 @@ _ZERO, _HALF, _ONE = _f32(0), _f32(0.5), _f32(1)
 # Beyond this exponent even an opaque Gaussian is under MIN_ALPHA (ln 255 = 5.54), so exp needs no more range.
 _MAX_POWER = _f32(6.0)
 
-_OPTIONS = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy", "boundscheck": False}
+_OPTIONS = {"nogil": True, "fastmath": True, "error_model": "numpy", "boundscheck": False}
 
 
-@nb.njit(inline="always", **_OPTIONS)
+@compiled(inline="always", **_OPTIONS)
 @no_type_check
 def _exp_neg(power):
     """exp(-power) for 0 <= power <= 6, relative error 2e-6: exp(-power / 8) by a polynomial, then three squarings.
@@ -53,7 +54,7 @@ def _exp_neg(power):
     return e * e
 
 
-@nb.njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 @no_type_check
 def sort_by_depth(depths, ids):
     """Stable radix sort of the indices `ids` by their positive depths, 3 passes of 11 bits."""
@@ -80,7 +81,7 @@ def sort_by_depth(depths, ids):
     return ids
 
 
-@nb.njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 @no_type_check
 def tile_boxes(ids, means, reach, tiles_x, tiles_y):
     """[M, 4] first and last + 1 tile column and row of each Gaussian, and the number of (Gaussian, tile) hits."""
@@ -98,7 +99,7 @@ def tile_boxes(ids, means, reach, tiles_x, tiles_y):
     return boxes, total
 
 
-@nb.njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 @no_type_check
 def bin_hits(boxes, total, tiles_x, num_tiles):
     """Hits grouped by tile, in the order of the input within each: (offsets [T + 1], index into the input [total])."""
@@ -120,7 +121,7 @@ def bin_hits(boxes, total, tiles_x, num_tiles):
     return offsets, hits
 
 
-@nb.njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 @no_type_check
 def pack(ids, means, conics, opacities, features, reach):
     """[M, 12] one cache line a Gaussian, in order of depth: x, y, conic, opacity, features, reach in y."""
@@ -136,7 +137,7 @@ def pack(ids, means, conics, opacities, features, reach):
     return table
 
 
-@nb.njit(inline="always", **_OPTIONS)
+@compiled(inline="always", **_OPTIONS)
 @no_type_check
 def _rows(entry, top, bottom):
     """Rows [first, last) of the tile, counted from its top, that a Gaussian reaches."""
@@ -145,7 +146,7 @@ def _rows(entry, top, bottom):
     return first, last
 
 
-@nb.njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 @no_type_check
 def blend_tiles(first_tile, last_tile, tiles_x, offsets, hits, table, image, transmittance):
     """Blend tiles [first_tile, last_tile) into `image` [4, H', W'] and `transmittance` [H', W'] (whole tiles)."""
@@ -186,7 +187,7 @@ def blend_tiles(first_tile, last_tile, tiles_x, offsets, hits, table, image, tra
         image[:, top : top + TILE, left : left + TILE] = sums
 
 
-@nb.njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 @no_type_check
 def blend_tiles_backward(first_tile, last_tile, tiles_x, offsets, hits, table, image_gradient, remaining, gradients):
     """Gradient of `blend_tiles`: one row of `gradients` [hits, 10] a hit, so that threads share nothing.
@@ -254,7 +255,7 @@ def blend_tiles_backward(first_tile, last_tile, tiles_x, offsets, hits, table, i
                 break
 
 
-@nb.njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 @no_type_check
 def hits_of_each(boxes, offsets, total, tiles_x):
     """For every Gaussian where its hits stand: (starts [M + 1], positions in `hits` [total])."""
@@ -273,7 +274,7 @@ def hits_of_each(boxes, offsets, total, tiles_x):
     return starts, positions
 
 
-@nb.njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 @no_type_check
 def sum_hits(first, last, starts, positions, gradients, ids, out):
     """Add the gradient rows of all hits of Gaussians [first, last), in the order of tiles, into out [N, 10]."""

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import numba as nb
 import numpy as np
 
+from gs_render._backends._compile import compiled
 from gs_render._project import CLAMP_MARGIN, MIN_ALPHA, MIN_COMPENSATION, NEAR
 
 _f32 = np.float32
 _NEAR, _MIN_ALPHA, _MARGIN = _f32(NEAR), _f32(MIN_ALPHA), _f32(CLAMP_MARGIN)
 _MIN_RATIO = _f32(MIN_COMPENSATION)
 _ZERO, _HALF, _ONE, _TWO = _f32(0), _f32(0.5), _f32(1), _f32(2)
-_OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract", "reassoc", "afn"}, "error_model": "numpy"}
+_OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "afn"}, "error_model": "numpy"}
 
 
-@nb.njit(inline="always", **_OPTIONS)
+@compiled(inline="always", **_OPTIONS)
 @no_type_check
 def _rotation(quaternion):
     """(nine entries of the matrix, unit quaternion, length)."""
@@ -36,7 +36,7 @@ def _rotation(quaternion):
     return matrix, (w, x, y, z), inverse
 
 
-@nb.njit(inline="always", **_OPTIONS)
+@compiled(inline="always", **_OPTIONS)
 @no_type_check
 def _camera_point(pose, mean):
     return (
@@ -46,7 +46,7 @@ def _camera_point(pose, mean):
     )
 
 
-@nb.njit(inline="always", **_OPTIONS)
+@compiled(inline="always", **_OPTIONS)
 @no_type_check
 def _clamp_limits(intrinsics, axis, size):
     """Bounds of x / z (or y / z) at which the projection is linearised."""
@@ -55,7 +55,7 @@ def _clamp_limits(intrinsics, axis, size):
     return -centre / focal - margin, (_f32(size) - centre) / focal + margin
 
 
-@nb.njit(inline="always", **_OPTIONS)
+@compiled(inline="always", **_OPTIONS)
 @no_type_check
 def _image_axis(pose, axis, bent, per_z, matrix, scale, direction, out):
     """Row of Jacobian x rotation (`direction`), and of that times the half axes (`out`)."""
@@ -65,13 +65,13 @@ def _image_axis(pose, axis, bent, per_z, matrix, scale, direction, out):
         out[k] = (direction[0] * matrix[0][k] + direction[1] * matrix[1][k] + direction[2] * matrix[2][k]) * scale[k]
 
 
-@nb.njit(inline="always", **_OPTIONS)
+@compiled(inline="always", **_OPTIONS)
 @no_type_check
 def _cross(a, b):
     return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
 
 
-@nb.njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 @no_type_check
 def project_rows(first, last, inputs, pose, intrinsics, options, outputs):
     """Project Gaussians [first, last); `inputs`, `outputs` as in `cpu.project`, `options` (w, h, filter, antialias)."""
@@ -112,7 +112,7 @@ def project_rows(first, last, inputs, pose, intrinsics, options, outputs):
         visible[g] = drawable and inside_x and inside_y and opacity >= _MIN_ALPHA
 
 
-@nb.njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 @no_type_check
 def project_rows_backward(first, last, inputs, pose, intrinsics, options, visible, upstream, gradients, pose_gradient):
     """Gradient of `project_rows`; `upstream` belongs to its first four outputs, `gradients` to its inputs.
@@ -209,7 +209,7 @@ def project_rows_backward(first, last, inputs, pose, intrinsics, options, visibl
         _rotation_backward(g_matrix, unit, inverse, g_quaternions[g])
 
 
-@nb.njit(inline="always", **_OPTIONS)
+@compiled(inline="always", **_OPTIONS)
 @no_type_check
 def _rotation_backward(m, unit, inverse, out):
     """Gradient of `_rotation` with respect to the quaternion before it was brought to unit length."""

@@ -18,6 +18,9 @@ from gs_render._rotation import matrix_to_quaternion
 
 _EXTENSION = "KHR_gaussian_splatting"
 _JSON, _BIN = 0x4E4F534A, 0x004E4942
+# Nodes may show one mesh many times: a small file could ask for any number of Gaussians.
+_FREE_COUNT = 1 << 18  # Gaussians that any file may place; beyond, it needs 8 bytes for each
+_MAX_PRIMITIVES = 4096
 _WIDTH = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}
 # glTF component types; integers are normalised as the extension allows for rotation, scale and opacity.
 _COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5126: "<f4"}
@@ -27,7 +30,9 @@ def read(path: Path) -> Gaussians:
     """Gaussians of all splat primitives of the default scene, each placed by its node."""
     document, binary = _split(path.read_bytes(), path)
     try:
-        parts = [_read_primitive(document, binary, *place, path) for place in _placed_primitives(document)]
+        placed = _placed_primitives(document, path)
+        _check_total(document, placed, len(binary), path)
+        parts = [_read_primitive(document, binary, *place, path) for place in placed]
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged glTF: {type(error).__name__}: {error}") from error
     used = document.get("extensionsUsed")
@@ -136,7 +141,21 @@ def _split(data: bytes, path: Path) -> tuple[dict[str, Any], bytes]:
     return document, data[start + 8 : start + 8 + size]
 
 
-def _placed_primitives(document: dict[str, Any]) -> list[tuple[dict[str, Any], np.ndarray]]:
+def _check_total(
+    document: dict[str, Any], placed: list[tuple[dict[str, Any], np.ndarray]], size: int, path: Path
+) -> None:
+    """ValueError if all placed primitives together hold far more Gaussians than `size` bytes can."""
+    accessors = document["accessors"] if placed else []
+    counts = [accessors[primitive["attributes"]["POSITION"]]["count"] for primitive, _ in placed]
+    total = sum(max(count, 0) for count in counts if isinstance(count, int))
+    limit = max(_FREE_COUNT, size // 8)
+    if total > limit:
+        raise ValueError(
+            f"{path}: {len(placed)} primitives place {total} Gaussians, more than the {limit} accepted of {size} bytes"
+        )
+
+
+def _placed_primitives(document: dict[str, Any], path: Path) -> list[tuple[dict[str, Any], np.ndarray]]:
     """(splat primitive, [4, 4] node transform) in the default scene."""
     nodes, found = document.get("nodes", []), []
     scenes = document.get("scenes", [])
@@ -154,6 +173,8 @@ def _placed_primitives(document: dict[str, Any]) -> list[tuple[dict[str, Any], n
         if "mesh" in node:
             primitives = document["meshes"][node["mesh"]]["primitives"]
             found += [(item, place) for item in primitives if _EXTENSION in item.get("extensions", {})]
+            if len(found) > _MAX_PRIMITIVES:
+                raise ValueError(f"{path}: more than {_MAX_PRIMITIVES} splat primitives are placed in the scene")
     return found
 
 

@@ -30,6 +30,8 @@ class Format:
     up: the axis that points up in files as other programs write and expect them.
     keeps: what a round trip keeps, and how precisely.
     max_sh_degree: higher harmonics are dropped on saving.
+    rgb_range, sh_limit, scale_range: what colours (`Gaussians.rgb`), harmonics of degree 1..3 (as magnitude) and scales
+        are clipped to on saving; None if they are not.
     """
 
     suffix: str
@@ -39,6 +41,9 @@ class Format:
     reads: bool = True
     writes: bool = True
     max_sh_degree: int = 3
+    rgb_range: tuple[float, float] | None = None
+    sh_limit: float | None = None
+    scale_range: tuple[float, float] | None = None
 
 
 FORMATS: tuple[Format, ...] = (
@@ -49,6 +54,7 @@ FORMATS: tuple[Format, ...] = (
         "-y",
         "position and log-scale to 1/1000 of the extent of a chunk of 256, rotation to 0.2 degrees, colour and opacity "
         "to 1/255, harmonics to 1/32 clipped to -4..4; order is not kept",
+        sh_limit=4.0,
     ),
     Format(
         ".splat",
@@ -57,13 +63,17 @@ FORMATS: tuple[Format, ...] = (
         "position and scale exactly, rotation to 0.9 degrees, colour and opacity to 1/255 clipped to 0..1, no "
         "harmonics; order is not kept",
         max_sh_degree=0,
+        rgb_range=(0.0, 1.0),
     ),
     Format(
         ".spz",
         "_spz",
         "y",
-        "position to 2^-20 (objects under one unit), scale to 3 %, rotation to 0.2 degrees, colour to 1/255 of 3.7, "
-        "opacity to 1/255, harmonics to 1/128 clipped to -1..1",
+        "position to 2^-20 (objects under one unit), scale to 3 % clipped to 4.54e-5..379, rotation to 0.2 degrees, "
+        "colour to 1/135 clipped to -0.44..1.44, opacity to 1/255, harmonics to 1/128 clipped to -1..1",
+        rgb_range=(-0.4403, 1.4403),
+        sh_limit=1.0,
+        scale_range=(4.53e-5, 379.1),
     ),
     Format(
         ".sog",
@@ -139,7 +149,8 @@ def save(gaussians: Gaussians, path: PathLike, up: Up | None = None) -> Path:
         up: as in `load`.
 
     Warns:
-        LossWarning: the format drops something that these Gaussians have. What each keeps: `FORMATS`.
+        LossWarning: the format drops or clips something that these Gaussians have. What each keeps, and how precisely:
+            `FORMATS`.
     """
     path = Path(path)
     file_format = find_format(path)
@@ -151,6 +162,8 @@ def save(gaussians: Gaussians, path: PathLike, up: Up | None = None) -> Path:
         message = f"{file_format.suffix} keeps harmonics up to degree {kept}; degree {gaussians.sh_degree} was cut"
         warnings.warn(message, LossWarning, stacklevel=2)
         gaussians = gaussians.with_sh_degree(kept)
+    for message in _clipped(gaussians, file_format):
+        warnings.warn(message, LossWarning, stacklevel=2)
     writer = _module(file_format)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
@@ -158,6 +171,26 @@ def save(gaussians: Gaussians, path: PathLike, up: Up | None = None) -> Path:
         writer.write(to_file_axes(gaussians, up or file_format.up), partial)
         os.replace(partial, path)
     return path
+
+
+def _clipped(gaussians: Gaussians, file_format: Format) -> list[str]:
+    """What values lie outside of the ranges that the format keeps, by more than its precision; one message a field."""
+    sh_range = None if file_format.sh_limit is None else (-file_format.sh_limit, file_format.sh_limit)
+    checks = (
+        ("colours", gaussians.rgb, file_format.rgb_range, 1 / 255),
+        ("higher harmonics", gaussians.sh[:, 1:].flatten(1), sh_range, 1 / 32),
+        ("scales", gaussians.scales, file_format.scale_range, 0.0),
+    )
+    messages = []
+    for name, values, limits, margin in checks:
+        if limits is None:
+            continue
+        low, high = limits
+        count = int(((values < low - margin) | (values > high + margin)).any(dim=1).sum())
+        if count:
+            of = f"{count} of {len(gaussians)} Gaussians"
+            messages.append(f"{file_format.suffix} keeps {name} of {low:.3g} .. {high:.3g}; {of} were clipped")
+    return messages
 
 
 def _module(file_format: Format):

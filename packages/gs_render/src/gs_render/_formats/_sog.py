@@ -21,7 +21,7 @@ from gs_render._formats._arrays import from_smallest_three, morton_order, smalle
 from gs_render._gaussians import Gaussians
 
 _REST = (0, 3, 8, 15)
-_FREE_COUNT = 1 << 20  # Gaussians that any file may claim; beyond, it needs a byte for every 16 of them
+_FREE_COUNT = 1 << 18  # Gaussians that any file may claim; beyond, it needs a byte for each
 _MAX_META = 4 << 20
 
 
@@ -44,7 +44,7 @@ def _read_archive(archive: zipfile.ZipFile, size: int, path: Path) -> Gaussians:
             f"{path}: SOG version {meta.get('version') if isinstance(meta, dict) else None}; only 2 is read"
         )
     count = meta["count"]
-    if not isinstance(count, int) or not 0 <= count <= max(_FREE_COUNT, 16 * size):
+    if not isinstance(count, int) or not 0 <= count <= max(_FREE_COUNT, size):
         raise ValueError(f"{path}: {count} Gaussians claimed by a SOG file of {size} bytes")
 
     def picture(entry: dict[str, Any], index: int, pixels: int = count) -> np.ndarray:

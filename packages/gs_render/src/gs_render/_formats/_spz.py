@@ -20,9 +20,10 @@ _MAGIC = 0x5053474E
 _COLOR_SCALE = 0.15
 _REST = (0, 3, 8, 15)
 _MAX_FRACTION_BITS = 20  # other programs write 12, a precision of 1/4096; we take what the extent leaves
-# A payload may be this large, or this many times the file, whichever is more. Real files shrink 1.1 to 4 times.
+# A payload may be this large, or this many times the file, whichever is more. Real files shrink 1.1 to 4 times,
+# those with harmonics of zeros 11 times.
 _FREE_PAYLOAD = 32 << 20
-_MAX_RATIO = 100
+_MAX_RATIO = 32
 
 
 def read(path: Path) -> Gaussians:
