@@ -15,7 +15,7 @@ def logit(opacity: np.ndarray) -> np.ndarray:
 
 def sigmoid(value: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)) without overflow, float32."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return (1 / (1 + np.exp(-value.astype(np.float64)))).astype(np.float32)
 
 
