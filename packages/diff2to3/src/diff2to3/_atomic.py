@@ -14,8 +14,12 @@ from diff2to3._errors import InputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, of the same suffixes, that takes its place when the block ends well."""
-    temporary = path.with_name(f".{os.getpid()}-tmp-{path.name}")
+    """A path of the same name in a temporary folder beside `path`; what is there replaces it when the block ends well.
+
+    The name is kept because some formats write it into the file.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-tmp-", dir=path.parent))
+    temporary = folder / path.name
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -23,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(mode)  # some writers make private files, whatever the umask
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
