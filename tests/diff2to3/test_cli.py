@@ -277,18 +277,30 @@ def test_doctor_says_what_works():
     assert {"system", "torch", "pipelines"} <= set(report)
 
 
+def hear_interrupts():
+    """A suite started in the background of a shell ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_leaves_nothing(ball, micro_pipeline, tmp_path, how):
     command = [sys.executable, "-m", "diff2to3", "generate", ball, "--pipeline", micro_pipeline, "--steps", "100000"]
     process = subprocess.Popen(
-        [*command, "--format", "ply", "-o", tmp_path / "out"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        [*command, "--format", "ply", "-o", tmp_path / "out"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=hear_interrupts,
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "out").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=120)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 128 + how
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()

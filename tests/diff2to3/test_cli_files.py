@@ -1,5 +1,6 @@
 """`view`, `convert` and `info` on files, disks and folders that are not as they should be."""
 
+import functools
 import resource
 import signal
 import struct
@@ -123,7 +124,10 @@ def test_view_without_viser_shows_the_offline_page(splat, monkeypatch):
 def test_viewer_serves_this_machine_until_interrupted(splat):
     pytest.importorskip("viser", reason="NO VISER: pip install 'diff2to3[view]'")
     command = [sys.executable, "-m", "diff2to3", "view", str(splat), "--no-browser", "--port", "8472"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as viewer:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A suite started in the background of a shell ignores SIGINT, and so would its children.
+    hear_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, **pipes, preexec_fn=hear_interrupts) as viewer:
         try:
             address = viewer.stdout.readline().strip()
             assert address.startswith("http://127.0.0.1:")

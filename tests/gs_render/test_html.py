@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -43,11 +44,10 @@ def test_page_needs_nothing_else(tmp_path):
     assert len(text) < 6500 * 27 + 30_000
 
 
-def screenshot(browser: str, url: str, path) -> torch.Tensor:
-    """What Chromium shows of a page, [H, W, 3] in [0, 1].
+def screenshots(browser: str, url: str, path) -> Iterator[torch.Tensor]:
+    """What Chromium shows of a page, [H, W, 3] in [0, 1], with more and more time.
 
-    On a busy machine the picture may be taken before the first frame is drawn: a picture of one colour is taken again,
-    with more time.
+    On a busy machine a picture may be taken before the page is drawn or before its splats are sorted.
     """
     command = [browser, "--headless=new", "--no-sandbox", "--hide-scrollbars", *SWIFTSHADER]
     command += [f"--user-data-dir={path.parent / 'profile'}", f"--window-size={SIZE},{SIZE}", f"--screenshot={path}"]
@@ -56,9 +56,7 @@ def screenshot(browser: str, url: str, path) -> torch.Tensor:
         subprocess.run([*command, budget, url], check=True, capture_output=True, timeout=120)
         shown = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).float() / 255
         assert shown.shape == (SIZE, SIZE, 3)
-        if shown.std() > 0.01:
-            break
-    return shown
+        yield shown
 
 
 @pytest.mark.parametrize(("azimuth", "elevation"), [(0, 20), (250, -35)])
@@ -71,8 +69,6 @@ def test_chromium_shows_the_object(tmp_path, azimuth, elevation):
     # The note at the bottom would be part of the picture.
     page.write_text(page.read_text().replace("#note {", "#note { display: none;"))
     url = f"{page.as_uri()}#azimuth={azimuth}&elevation={elevation}"
-    shown = screenshot(browser, url, shot)
-
     data = json.loads(re.search(r'id="scene">(.*?)</script>', page.read_text(), re.DOTALL)[1])
     camera = Camera.on_sphere(
         [float(azimuth)],
@@ -85,8 +81,11 @@ def test_chromium_shows_the_object(tmp_path, azimuth, elevation):
     output = render(scene, camera)
     rows, columns = (output.alpha[0, ..., 0] > 0.1).nonzero().T
     box = slice(int(rows.min()), int(rows.max())), slice(int(columns.min()), int(columns.max()))
-    pair = [picture[box].permute(2, 0, 1)[None] for picture in (shown, output.color[0])]
-    similarity = float(metrics.ssim(*pair))
+    for shown in screenshots(browser, url, shot):
+        pair = [picture[box].permute(2, 0, 1)[None] for picture in (shown, output.color[0])]
+        similarity = float(metrics.ssim(*pair))
+        if similarity >= 0.95:
+            break
     assert similarity >= 0.95  # 0.8 is wanted; a wrong axis or order of drawing stays under 0.8
     other = render(scene, Camera.on_sphere([azimuth + 90.0], float(elevation), data["camera"]["radius"], size=SIZE))
     assert float(metrics.ssim(pair[0], other.color[0][box].permute(2, 0, 1)[None])) < 0.8
