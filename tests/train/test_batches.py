@@ -76,19 +76,19 @@ def test_every_object_is_seen_once_a_pass(micro_config):
 
 def test_view_snapped_conditions_come_from_within_45_degrees_of_the_front(micro_config):
     """Turning the voxels back by the camera's quarter turns must reproduce the stored ones."""
-    config = micro_config("structure-flow", batch_size=2)
-    data = _data(config, "voxels")
-    batches = ConditionBatches(data, GRID, "view-snapped", latents=False)
-    canonical = ConditionBatches(data, GRID, "canonical", latents=False)
+    data = _data(micro_config("flow", batch_size=2), "latents")
+    batches = ConditionBatches(data, GRID, "view-snapped", latents=True)
+    canonical = ConditionBatches(data, GRID, "canonical", latents=True)
     turned = 0
     for step in range(8):
         snapped, plain = batches[step], canonical[step]
         assert torch.equal(snapped["condition"], plain["condition"])
         for index in range(2):
-            own, base = (b["coords"][b["coords"][:, 0] == index][:, 1:].long() for b in (snapped, plain))
-            turns = [k for k in range(4) if torch.equal(yaw_coords(base, k, GRID), own)]
-            assert turns
-            turned += turns[0] != 0
+            own, base = (b["latents"].topology.coords for b in (snapped, plain))
+            own, base = ({*map(tuple, c[c[:, 0] == index][:, 1:].tolist())} for c in (own, base))
+            turn = int(snapped["turn"][index])
+            assert {*map(tuple, yaw_coords(torch.tensor([*base]), turn, GRID).tolist())} == own
+            turned += turn != 0
     assert turned
 
 

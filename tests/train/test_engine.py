@@ -8,6 +8,7 @@ from diff2to3._errors import InputError
 from diff2to3.train import _engine
 from diff2to3.train._config import TrainConfig, load_config
 from diff2to3.train._engine import Schedule, train
+from diff2to3.train._optimizer import make_optimizers
 from diff2to3.train.stages import STAGES, build_stage
 from safetensors.torch import load_file
 
@@ -16,9 +17,10 @@ def _run(stage, config, resume=False):
     return train(build_stage(stage, config), config, resume)
 
 
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(micro_config, tmp_path, monkeypatch):
-    whole = micro_config("structure-vae", steps=6, checkpoint_every=2, out=tmp_path / "whole")
-    _run("structure-vae", whole)
+@pytest.mark.parametrize(("stage", "optimizer"), [("structure-vae", "adamw"), ("vae", "muon")])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(micro_config, tmp_path, monkeypatch, stage, optimizer):
+    whole = micro_config(stage, steps=6, checkpoint_every=2, out=tmp_path / "whole", optimizer=optimizer)
+    _run(stage, whole)
 
     cut = whole.model_copy(update={"out": tmp_path / "cut"})
     log = _engine._Log.__call__
@@ -30,10 +32,10 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(micro_config, tmp_
 
     monkeypatch.setattr(_engine._Log, "__call__", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        _run("structure-vae", cut)
+        _run(stage, cut)
     monkeypatch.undo()
     assert json.loads((cut.out / "checkpoint" / "state.json").read_text())["step"] == 4
-    _run("structure-vae", cut, resume=True)
+    _run(stage, cut, resume=True)
 
     first, second = (load_file(c.out / "checkpoint" / "model.safetensors") for c in (whole, cut))
     assert first.keys() == second.keys()
@@ -49,6 +51,18 @@ def test_training_lowers_the_loss(micro_config):
         json.loads(line)["loss"] for line in (config.out / "log.jsonl").read_text().splitlines() if '"loss"' in line
     ]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_muon_updates_the_matrices_inside_the_blocks_and_adamw_the_rest(micro_config):
+    config = micro_config("vae", optimizer="muon")
+    model = build_stage("vae", config).model
+    muon, adamw = make_optimizers(model, config, fused=False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    hidden, others = ([names[id(p)] for g in o.param_groups for p in g["params"]] for o in (muon, adamw))
+    assert sorted(hidden + others) == sorted(names.values())
+    linear = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert set(hidden) == {name for name in linear if ".blocks." in name} != linear
+    assert len(make_optimizers(model, micro_config("vae"), fused=False)) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(micro_config):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diff2to3.train._assemble import assemble, unpack
+from diff2to3.train._batches import place
 from diff2to3.train._engine import train
 from diff2to3.train.stages import STAGES, build_stage
 from PIL import Image
@@ -96,5 +97,8 @@ def test_structure_latents_are_those_of_the_placed_voxels(trained, micro_config)
     batches = stage.batches(config, "train", torch.device("cpu"))
     for step in range(6):
         batch = batches[step]
-        expected = stage._encode(batch["coords"], config.batch_size)
+        data = batches.batches.data
+        owner, rows = data.coords.select(batch["object"])
+        coords = place(data.coords.rows[rows], owner, batch["mirror"], batch["turn"], stage.vae_grid)
+        expected = stage._encode(coords, config.batch_size)
         assert torch.allclose(batch["latents"].float(), expected, atol=4e-3, rtol=2e-3)

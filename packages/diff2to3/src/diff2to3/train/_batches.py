@@ -208,10 +208,10 @@ class ViewBatches:
 
 
 class ConditionBatches:
-    """Condition crops with the voxels (and latents) in the frame the crop asks for.
+    """Condition crops, and how their objects lie in the frame that the crop asks for.
 
-    ``condition`` [B, 4, H, W] uint8 RGBA, ``hue`` [B]; with ``latents`` those, a SparseTensor [N, C], else ``coords``
-    [N, 4]. ``object``, ``mirror`` and ``turn`` [B] say which objects these are and how they were placed.
+    ``condition`` [B, 4, H, W] uint8 RGBA, ``hue`` [B]; ``object``, ``mirror`` and ``turn`` [B]: which objects, whether
+    mirrored in x, and then turned by how many quarter turns. With ``latents`` those too, a SparseTensor [N, C].
     """
 
     def __init__(self, data: ObjectData, grid_size: int, frame: str, latents: bool) -> None:
@@ -223,7 +223,6 @@ class ConditionBatches:
         objects, generator = data.draw(step)
         count, chosen = len(objects), objects.to(data.device)
         view = _integers(data.conditions.shape[1], count, generator).to(data.device)
-        batch, rows = data.coords.select(objects)
         if self.latents:
             hues, mirrors = data.variants
             variant = _integers(hues.shape[1], count, generator).to(data.device)
@@ -234,9 +233,7 @@ class ConditionBatches:
         azimuth = self.azimuth[chosen, view]
         azimuth = torch.where(mirror.bool(), -azimuth, azimuth)
         turn = (-(azimuth / 90).round().long()) % 4 if self.frame == "view-snapped" else torch.zeros_like(view)
-        coords = place(data.coords.rows[rows], batch, mirror, turn, self.grid_size)
         result = {
-            "batch_size": count,
             "condition": flip_where(data.conditions[chosen, view], mirror),
             "hue": hue,
             "object": chosen,
@@ -245,7 +242,9 @@ class ConditionBatches:
             "seed": generator.initial_seed(),
         }
         if not self.latents:
-            return result | {"coords": coords}
+            return result
+        batch, rows = data.coords.select(objects)
+        coords = place(data.coords.rows[rows], batch, mirror, turn, self.grid_size)
         latents = data.latents.rows[variant[batch], turn[batch], rows].float()
         return result | {"latents": sparse(latents, coords, self.grid_size, count)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 C = TypeVar("C", bound=BaseModel)
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
 class Trained(nn.Module):
@@ -56,9 +58,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder}: no usable model.safetensors ({error})") from error
 
 
-def save_state(
-    folder: Path, stage: Trained, ema: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]
-) -> None:
+def save_state(folder: Path, stage: Trained, ema: nn.Module, optimizers: Optimizers, meta: dict[str, Any]) -> None:
     """Writes a training checkpoint of ``stage.model`` and the stage's buffers; the one before stays until then."""
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -66,30 +66,34 @@ def save_state(
     save_file(_plain(stage.model.state_dict()), fresh / "model.safetensors")
     save_file(_plain(dict(stage.named_buffers(recurse=False))), fresh / "buffers.safetensors")
     save_file(_plain(ema.state_dict()), fresh / "ema.safetensors")
-    moments, scalars = {}, {}
-    for index, entry in optimizer.state_dict()["state"].items():
-        for name, value in entry.items():
-            if isinstance(value, Tensor):
-                moments[f"{index}.{name}"] = value
-            else:
-                scalars[f"{index}.{name}"] = value
+    moments: dict[str, Tensor] = {}
+    scalars: dict[str, float] = {}
+    for number, optimizer in enumerate(optimizers):
+        for index, entry in optimizer.state_dict()["state"].items():
+            for name, value in entry.items():
+                key = f"{number}.{index}.{name}"
+                if isinstance(value, Tensor):
+                    moments[key] = value
+                else:
+                    scalars[key] = value
     save_file(_plain(moments), fresh / "optimizer.safetensors")
     (fresh / "state.json").write_text(json.dumps(meta | {"optimizer_scalars": scalars}))
     _replace(fresh, folder)
 
 
-def load_state(folder: Path, stage: Trained, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_state(folder: Path, stage: Trained, ema: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
     """Restores :func:`save_state`; returns its ``meta``."""
     meta = json.loads((folder / "state.json").read_text())
     stage.model.load_state_dict(load_file(folder / "model.safetensors"))
     for name, value in load_file(folder / "buffers.safetensors").items():
         stage.get_buffer(name).copy_(value)
     ema.load_state_dict(load_file(folder / "ema.safetensors"))
-    state: dict[int, dict[str, Any]] = {}
+    states: list[dict[int, dict[str, Any]]] = [{} for _ in optimizers]
     for key, value in (load_file(folder / "optimizer.safetensors") | meta.pop("optimizer_scalars")).items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        number, index, name = key.split(".", 2)
+        states[int(number)].setdefault(int(index), {})[name] = value
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return meta
 
 

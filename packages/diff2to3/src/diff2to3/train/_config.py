@@ -24,6 +24,7 @@ class TrainConfig(BaseModel):
         max_minutes: wall-clock budget; the schedule ends there if that comes before ``steps``.
         batch_size: objects (or pictures) a step and process.
         compile: torch.compile on CUDA for what sees the same shapes in every step; takes half a minute at the start.
+        optimizer: "muon" updates the matrices inside the blocks by Muon and the rest by AdamW.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
     """
 
@@ -41,6 +42,7 @@ class TrainConfig(BaseModel):
     steps: int = Field(default=10_000, ge=1)
     max_minutes: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=32, ge=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup_steps: int = Field(default=200, ge=0)
     final_learning_rate: float = Field(default=0.02, ge=0, le=1)

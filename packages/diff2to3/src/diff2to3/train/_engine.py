@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diff2to3.train._checkpoint import Trained, load_state, read_weights, save_model, save_state
 from diff2to3.train._config import TrainConfig
+from diff2to3.train._optimizer import make_optimizers
 
 Batch = dict[str, Any]
 
@@ -86,21 +87,15 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
         for module in stage.static_modules():
             module.compile()
     parameters = [p for p in stage.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=config.weight_decay,
-        fused=accelerator.device.type == "cuda",
-    )
+    optimizers = make_optimizers(stage.model, config, fused=accelerator.device.type == "cuda")
     average = torch.optim.swa_utils.AveragedModel(stage.model, multi_avg_fn=_ema(config.ema_decay), use_buffers=False)
     checkpoint = config.out / "checkpoint"
     step, spent = 0, 0.0
     if resume and checkpoint.is_dir():
-        meta = load_state(checkpoint, stage, average, optimizer)
+        meta = load_state(checkpoint, stage, average, optimizers)
         step, spent = meta["step"], meta["seconds"]
         accelerator.print(f"resumed {checkpoint} at step {step}")
-    wrapped, stepper = accelerator.prepare(stage, optimizer)
+    wrapped, *steppers = accelerator.prepare(stage, *optimizers)
     schedule, log = Schedule(config), _Log(config.out, accelerator.is_main_process)
     batches, validation = (
         stage.batches(config, config.split, accelerator.device),
@@ -114,13 +109,14 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
         batch = ahead.take()
         seconds = time.monotonic() - started
         rate = schedule.learning_rate(step, seconds)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         loss, values = wrapped(batch)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(parameters, config.gradient_clip)
-        stepper.step()
-        stepper.zero_grad(set_to_none=True)
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
         ahead.prepare((step + 1) * ranks + rank)
         average.update_parameters(stage.model)
         step += 1
@@ -139,7 +135,7 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
             log(step, seconds, {k: v for k, v in figures.items() if k.startswith("val_")})
         if (step % config.checkpoint_every == 0 or done) and accelerator.is_main_process:
             meta = {"step": step, "seconds": time.monotonic() - started}
-            save_state(checkpoint, stage, average, optimizer, meta)
+            save_state(checkpoint, stage, average, optimizers, meta)
         if done:
             break
     if accelerator.is_main_process:

@@ -5,10 +5,6 @@
   const scene = JSON.parse(document.getElementById("scene").textContent);
   const canvas = document.querySelector("canvas");
   const note = document.getElementById("note");
-  const file = location.pathname.split("/").pop().replace(/\.html?$/i, ""); // the page is named after its file
-  try {
-    if (file) document.title = canvas.ariaLabel = decodeURIComponent(file);
-  } catch {} // a "%" that stands for itself: keep the title as written
   const gl = canvas.getContext("webgl2", { antialias: false, alpha: false, powerPreference: "high-performance" });
   if (!gl) {
     note.textContent = "This browser does not offer WebGL 2, which the viewer needs.";

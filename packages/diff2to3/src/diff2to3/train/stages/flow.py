@@ -129,7 +129,7 @@ class StructureFlowStage(_FlowStage):
     @torch.no_grad()
     def _encode(self, coords: Tensor, batch_size: int) -> Tensor:
         """Normalised structure latents [B, C, n, n, n] of surface voxels [N, 4]."""
-        occupancy = dense_occupancy({"coords": coords, "batch_size": batch_size}, self.vae_grid)
+        occupancy = dense_occupancy(coords, batch_size, self.vae_grid)
         with torch.autocast(occupancy.device.type, torch.bfloat16, enabled=occupancy.is_cuda):
             mean, _ = self.vae.encode(occupancy)
         return (mean.float() - self.mean) / self.std

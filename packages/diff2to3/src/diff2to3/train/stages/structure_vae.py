@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from pydantic import BaseModel
 from sparse_vae import StructureVAE, StructureVAEConfig, dice_loss, kl_divergence
 from torch import Tensor
@@ -31,7 +32,7 @@ class StructureVAEStage(PictureStage):
         return OccupancyBatches(ObjectData(config, split, "voxels", device), self.model_config.grid_size)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        occupancy = dense_occupancy(batch, self.model_config.grid_size)
+        occupancy = dense_occupancy(batch["coords"], batch["batch_size"], self.model_config.grid_size)
         mean, logvar = self.model.encode(occupancy)
         with torch.no_grad():
             moments = torch.stack([mean.float().mean((0, 2, 3, 4)), mean.float().square().mean((0, 2, 3, 4))])
@@ -54,9 +55,9 @@ class StructureVAEStage(PictureStage):
         return self.model_config.model_copy(update={"latent_mean": mean, "latent_std": std}), self.model.state_dict()
 
 
-def dense_occupancy(batch: Batch, grid_size: int) -> Tensor:
-    """Surface voxels of a batch -> occupancy [B, 1, N, N, N] float."""
-    b, x, y, z = batch["coords"].long().unbind(1)
-    occupancy = torch.zeros(batch["batch_size"], 1, grid_size, grid_size, grid_size, device=b.device)
+def dense_occupancy(coords: Int[Tensor, "N 4"], batch_size: int, grid_size: int) -> Float[Tensor, "B 1 n n n"]:
+    """Surface voxels (object, x, y, z) of a batch -> occupancy, `n = grid_size`."""
+    b, x, y, z = coords.long().unbind(1)
+    occupancy = torch.zeros(batch_size, 1, grid_size, grid_size, grid_size, device=b.device)
     occupancy[b, 0, x, y, z] = 1.0
     return occupancy
