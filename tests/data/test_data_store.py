@@ -7,13 +7,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from hashlib import sha256
 
 import numpy as np
 import pytest
 from diff2to3.data._render_stage import asset_path, list_assets, write_objects
 from diff2to3.data._run import Workers, run_stage
-from diff2to3.data._store import Store, decode_png, encode_pngs
-from safetensors.numpy import load_file
+from diff2to3.data._store import Store, decode_png, encode_pngs, outputs_hash, settings_hash
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 
 class Work:
@@ -51,6 +53,56 @@ def test_failures_are_skipped_recorded_and_tried_again(tmp_path):
     work.asked.clear()
     run_stage(store, "s", ["a", "bad1", "c"], work, {})
     assert work.asked == ["bad1"]
+
+
+def test_manifest_holds_counts_hashes_and_versions(tmp_path):
+    store, ids = Store(tmp_path), ["a", "bad1", "c"]
+    run_stage(store, "s", ids, Work(), {"n": 1})
+    manifest = store.manifest("s")
+    assert (manifest["objects"], manifest["failed"]) == (2, 1)
+    assert manifest["settings_hash"] == settings_hash({"n": 1})
+    assert manifest["versions"]["numpy"] == np.__version__
+    hashes = {}
+    for object_id in ("a", "c"):
+        payload = store.path("s", object_id).read_bytes()
+        hashes[object_id] = sha256(payload[8 + int.from_bytes(payload[:8], "little") :]).hexdigest()
+    assert store.finished("s", {"n": 1}, ids) == hashes
+    assert manifest["outputs"] == {"sha256": outputs_hash(hashes), "without_hash": 0}
+    run_stage(store, "s", ids, Work(), {"n": 1})
+    assert store.manifest("s") == manifest
+
+
+def test_same_tensors_same_bytes(tmp_path):
+    tensors = {"b": np.ones((2, 3), np.float16), "a": np.zeros(5, np.uint8), "scalar": np.array(1.5)}
+    contents = set()
+    for number in range(8):
+        store = Store(tmp_path / str(number))
+        store.write("s", "o", tensors, {"n": 1})
+        contents.add(store.path("s", "o").read_bytes())
+    assert len(contents) == 1
+    with safe_open(store.path("s", "o"), "np") as file:
+        assert file.metadata()["settings"] == settings_hash({"n": 1})
+    for name, value in store.read("s", "o").items():
+        np.testing.assert_array_equal(value, tensors[name])
+        assert value.dtype == tensors[name].dtype
+
+
+def test_files_from_before_hashes_are_finished(tmp_path):
+    store, work = Store(tmp_path), Work()
+    store.path("s", "a").parent.mkdir()
+    save_file({"x": np.ones(3)}, store.path("s", "a"), {"settings": settings_hash({"n": 1})})
+    run_stage(store, "s", ["a", "b"], work, {"n": 1})
+    assert work.asked == ["b"]
+    assert store.read("s", "a")["x"].sum() == 3
+    assert store.manifest("s")["outputs"]["without_hash"] == 1
+
+
+@pytest.mark.parametrize("payload", [b"", b"glTF" * 40, (2).to_bytes(8, "little") + b"[]", b"\xff" * 64])
+def test_a_file_that_is_no_safetensors_is_unfinished(tmp_path, payload):
+    store = Store(tmp_path)
+    store.path("s", "a").parent.mkdir()
+    store.path("s", "a").write_bytes(payload)
+    assert store.finished("s", {}, ["a"]) == {}
 
 
 def test_half_a_file_is_made_again(tmp_path):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -25,7 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @click.group()
 def data() -> None:
-    """Prepare a data set: render, voxelize, features, latents (each resumable), or synthesize assets."""
+    """Prepare a data set: render, voxelize, features, latents, pack (each resumable), or synthesize assets."""
 
 
 def _report(stage: str, count: int, failures: dict[str, str]) -> None:
@@ -40,7 +43,14 @@ def _report(stage: str, count: int, failures: dict[str, str]) -> None:
 def _over_assets(function: F) -> F:
     """Options of the stages that read assets."""
     for option in (
-        click.option("--workers", type=_POSITIVE, default=os.cpu_count(), show_default="all cores", help="Processes."),
+        click.option("--workers", type=_POSITIVE, show_default="all cores", help="Processes."),
+        click.option(
+            "--engine",
+            type=click.Choice(["local", "ray"]),
+            default="local",
+            show_default=True,
+            help="Where the processes run: this machine, or a Ray cluster (extra `scale`).",
+        ),
         click.option("--limit", type=_POSITIVE, help="Only the first N objects of each split."),
         click.option("--split", "splits", multiple=True, help="Only these splits (repeatable); default all."),
         click.option(
@@ -51,6 +61,15 @@ def _over_assets(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+@contextmanager
+def _processes(engine: str, workers: int | None) -> Iterator[int]:
+    """Stages run on an engine; gives the number of processes asked for, all cores by default."""
+    from diff2to3.data._run import using_engine
+
+    with using_engine(engine):
+        yield workers or (sys.maxsize if engine == "ray" else os.cpu_count() or 1)  # Ray has its cluster's cores
 
 
 def _rows(source: Path, index: Path | None, splits: tuple[str, ...], limit: int | None) -> list[dict[str, str]]:
@@ -78,7 +97,8 @@ def render(
     index: Path | None,
     splits: tuple[str, ...],
     limit: int | None,
-    workers: int,
+    workers: int | None,
+    engine: str,
     size: int,
     **counts: int,
 ) -> None:
@@ -99,12 +119,13 @@ def render(
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{first['loc'][0]}: {first['msg']}, got {first['input']}") from error
-    rows, store = _rows(source, index, splits, limit), Store(out)
-    write_objects(store, rows)
-    try:
-        failures = render_objects(source, store, [row["id"] for row in rows], settings, workers)
-    except RuntimeError as error:
-        raise InputError(str(error)) from error
+    with _processes(engine, workers) as processes:
+        rows, store = _rows(source, index, splits, limit), Store(out)
+        write_objects(store, rows)
+        try:
+            failures = render_objects(source, store, [row["id"] for row in rows], settings, processes)
+        except RuntimeError as error:
+            raise InputError(str(error)) from error
     _report("render", len(rows), failures)
 
 
@@ -119,16 +140,19 @@ def voxelize(
     index: Path | None,
     splits: tuple[str, ...],
     limit: int | None,
-    workers: int,
+    workers: int | None,
+    engine: str,
     grid_size: int,
 ) -> None:
     """Surface voxels of the assets under SOURCE, into the data set OUT."""
     from diff2to3.data._render_stage import voxelize_objects, write_objects
     from diff2to3.data._store import Store
 
-    rows, store = _rows(source, index, splits, limit), Store(out)
-    write_objects(store, rows)
-    _report("voxels", len(rows), voxelize_objects(source, store, [row["id"] for row in rows], grid_size, workers))
+    with _processes(engine, workers) as processes:
+        rows, store = _rows(source, index, splits, limit), Store(out)
+        write_objects(store, rows)
+        failures = voxelize_objects(source, store, [row["id"] for row in rows], grid_size, processes)
+    _report("voxels", len(rows), failures)
 
 
 @data.command()
@@ -197,6 +221,33 @@ def synthesize(out: Path, count: int, seed: int) -> None:
 
     run(out, count, seed)
     click.echo(f"synthesize: {count} objects in {out}")
+
+
+@data.command()
+@click.argument("source", metavar="SET", type=_ASSETS)
+@click.argument("out", type=_FOLDER)
+@click.option(
+    "--stage",
+    "stages",
+    multiple=True,
+    type=click.Choice(["render", "voxels", "features", "latents"]),
+    help="Only these stages (repeatable); default all that are finished.",
+)
+@click.option("--shard-size", default="256MB", show_default=True, help="Most bytes of a shard: KB, MB or GB.")
+def pack(source: Path, out: Path, stages: tuple[str, ...], shard_size: str) -> None:
+    """Pack the data set SET into WebDataset shards under OUT, for streaming."""
+    from diff2to3._atomic import writing
+    from diff2to3.data._shards import pack as run
+    from diff2to3.data._store import Store
+
+    size = re.fullmatch(r"([1-9]\d*)([KMG]B)", shard_size.upper())
+    if size is None:
+        raise InputError(f"--shard-size {shard_size}: expected a number with KB, MB or GB, for example 256MB")
+    with writing(out):
+        index = run(Store(source), out, stages, int(size[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[size[2]])
+    for object_id, reason in index["skipped"].items():
+        click.echo(f"pack: {object_id}: {reason}", err=True)
+    click.echo(f"pack: {index['objects']} objects in {len(index['shards'])} shards, {len(index['skipped'])} left out")
 
 
 def _shard(out: Path, needs: str, shard: str) -> tuple[Store, list[str]]:

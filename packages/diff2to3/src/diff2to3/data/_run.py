@@ -1,4 +1,9 @@
-"""Running one stage over many objects: resumable, in worker processes, with failures recorded instead of raised."""
+"""Running one stage over many objects: resumable, in worker processes, with failures recorded instead of raised.
+
+Where the work is done is an engine's matter: processes of this machine here, a Ray cluster in ``_engine_ray``. An
+engine yields one outcome an object, in any order; objects under way when a worker dies are tried again, so that none is
+lost and none comes twice. Files and the manifest are written by this process alone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -28,6 +35,29 @@ class Workers:
     initargs: tuple[Any, ...] = ()
 
 
+Engine = Callable[[Callable[[str], Tensors], list[str], Workers], Iterator[tuple[str, Outcome]]]
+
+
+@contextmanager
+def using_engine(name: str) -> Iterator[None]:
+    """Stages that use worker processes run them on this engine: ``local`` or ``ray``.
+
+    Raises:
+        InputError: Ray is not installed.
+    """
+    if name == "ray":
+        from diff2to3.data._engine_ray import on_ray, require_ray
+
+        require_ray()
+        token = _engine.set(on_ray)
+    else:
+        token = _engine.set(in_processes)
+    try:
+        yield
+    finally:
+        _engine.reset(token)
+
+
 def run_stage(
     store: Store,
     stage: str,
@@ -45,18 +75,18 @@ def run_stage(
         Reason per failed object; it also stands in the stage's manifest.
     """
     workers = workers or Workers()
-    ready = store.finished(stage, settings, ids)
-    todo = [i for i in ids if i not in ready]
+    done = store.finished(stage, settings, ids)
+    todo = [i for i in dict.fromkeys(ids) if i not in done]
     failures: dict[str, str] = {}
-    outcomes = _in_processes(work, todo, workers) if workers.count and todo else _here(work, todo, workers)
+    outcomes = _engine.get()(work, todo, workers) if workers.count and todo else _here(work, todo, workers)
     for object_id, outcome in track(outcomes, stage, total=len(todo)):
         try:
             tensors = outcome()
         except (ValueError, RuntimeError) as error:
             failures[object_id] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         else:
-            store.write(stage, object_id, tensors, settings)
-    store.write_manifest(stage, settings, len(ids) - len(failures), failures)
+            done[object_id] = store.write(stage, object_id, tensors, settings)
+    store.write_manifest(stage, settings, done, failures)
     return failures
 
 
@@ -67,8 +97,11 @@ def _here(work: Callable[[str], Tensors], todo: list[str], workers: Workers) -> 
         yield object_id, lambda object_id=object_id: work(object_id)  # type: ignore[misc]
 
 
-def _in_processes(work: Callable[[str], Tensors], todo: list[str], workers: Workers) -> Iterator[tuple[str, Outcome]]:
-    """Outcomes as they come. A process that dies takes its pool along: the objects under way are then tried alone."""
+def in_processes(work: Callable[[str], Tensors], todo: list[str], workers: Workers) -> Iterator[tuple[str, Outcome]]:
+    """Engine ``local``: outcomes as they come.
+
+    A process that dies takes its pool along: the objects under way are then tried alone.
+    """
     waiting, suspects = deque(todo), deque[str]()
     count = min(workers.count, len(todo))
     while waiting or suspects:
@@ -101,3 +134,6 @@ def _one_pool(
             for future in finished:
                 broken = broken or isinstance(future.exception(), BrokenProcessPool)
                 yield running.pop(future), future
+
+
+_engine: ContextVar[Engine] = ContextVar("engine", default=in_processes)

@@ -1,7 +1,8 @@
 """A data set on disk: one safetensors file an object and stage, a manifest a stage.
 
 ``ROOT/objects.csv`` holds the rows of the assets' index, ``ROOT/<stage>/<object id>.safetensors`` the tensors, and
-``ROOT/<stage>/manifest.json`` what the last run of the stage did.
+``ROOT/<stage>/manifest.json`` what the last run of the stage did. Every file's header knows the hash of the settings it
+was made with and of its own tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,21 @@ import numpy as np
 from PIL import Image
 
 from diff2to3._errors import InputError
+
+# whose versions a manifest names, where they are installed: what a stage's tensors can depend on
+_TOOLS = (
+    "diff2to3",
+    "flux-features",
+    "sparse-vae",
+    "gs-render",
+    "torch",
+    "numpy",
+    "safetensors",
+    "pillow",
+    "trimesh",
+    "moderngl",
+    "ray",
+)
 
 
 @dataclass(frozen=True)
@@ -60,27 +77,85 @@ class Store:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({error}); run `diff2to3 data` for stage {stage!r}") from error
 
-    def finished(self, stage: str, settings: Mapping[str, Any], ids: Iterable[str]) -> set[str]:
-        """Objects whose file of this stage was made with the same settings."""
-        digest = settings_hash(settings)
-        return {i for i in ids if _digest_of(self.path(stage, i)) == digest}
+    def finished(self, stage: str, settings: Mapping[str, Any], ids: Iterable[str]) -> dict[str, str | None]:
+        """Objects whose file of this stage was made with the same settings, and the SHA-256 of each one's tensors.
 
-    def write(self, stage: str, object_id: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> None:
-        """Atomic: a killed run leaves either the whole file or none."""
+        Reads one header an object. The hash is None for a file from before hashes were kept.
+        """
+        digest = settings_hash(settings)
+        headers = {i: file_metadata(self.path(stage, i)) for i in ids}
+        return {i: header.get("sha256") for i, header in headers.items() if header.get("settings") == digest}
+
+    def write(self, stage: str, object_id: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str:
+        """Atomic: a killed run leaves either the whole file or none. The same tensors give the same bytes.
+
+        Returns:
+            SHA-256 of the tensors: of every byte of the file after its header.
+        """
         from safetensors.numpy import save
 
-        payload = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, {"settings": settings_hash(settings)})
-        write_atomically(self.path(stage, object_id), payload)
+        plain = memoryview(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
+        start = 8 + int.from_bytes(plain[:8], "little")
+        digest = sha256(plain[start:]).hexdigest()
+        # safetensors writes several metadata in random order, so the header is put together here
+        metadata = {"settings": settings_hash(settings), "sha256": digest}
+        header = json.dumps({"__metadata__": metadata, **json.loads(bytes(plain[8:start]))}, separators=(",", ":"))
+        text = header.encode()
+        text += b" " * (-len(text) % 8)
+        write_atomically(self.path(stage, object_id), len(text).to_bytes(8, "little") + text + plain[start:])
+        return digest
 
-    def write_manifest(self, stage: str, settings: Mapping[str, Any], done: int, failures: Mapping[str, str]) -> None:
+    def write_manifest(
+        self, stage: str, settings: Mapping[str, Any], done: Mapping[str, str | None], failures: Mapping[str, str]
+    ) -> None:
+        """What a run did: settings and their hash, counts, failures with reasons, a hash of all outputs, versions.
+
+        Args:
+            done: hash of its tensors an object, as :meth:`finished` gives them.
+        """
         manifest = {
             "stage": stage,
             "settings": dict(settings),
-            "objects": done,
+            "settings_hash": settings_hash(settings),
+            "objects": len(done),
+            "failed": len(failures),
             "failures": dict(sorted(failures.items())),
+            "outputs": {"sha256": outputs_hash(done), "without_hash": sum(value is None for value in done.values())},
             "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": tool_versions(),
         }
         write_atomically(self.root / stage / "manifest.json", json.dumps(manifest, indent=1).encode())
+
+    def manifest(self, stage: str) -> dict[str, Any]:
+        """What the last run of a stage did; a manifest of an older version lacks what was not kept then.
+
+        Raises:
+            InputError: no run of the stage has ended yet.
+        """
+        path = self.root / stage / "manifest.json"
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path}: expected the manifest of a finished run ({error}); run `diff2to3 data` for stage {stage!r}"
+            ) from error
+
+
+def outputs_hash(done: Mapping[str, str | None]) -> str:
+    """SHA-256 of the lines ``<SHA-256 of an object's tensors>  <object id>``, sorted by id."""
+    return sha256("".join(f"{done[i] or '-'}  {i}\n" for i in sorted(done)).encode()).hexdigest()
+
+
+def tool_versions() -> dict[str, str]:
+    """Installed version by distribution, of those that a stage's tensors can depend on; imports none of them."""
+    found = {}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
@@ -99,14 +174,15 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
     return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _digest_of(path: Path) -> str | None:
-    """The settings hash in a safetensors header, None for a missing or broken file."""
+def file_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors header says about the file; empty for a missing or broken file."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(length)).get("__metadata__", {}).get("settings")
+            header = json.loads(file.read(min(length, 100_000_000)))  # the format allows no longer one
     except (OSError, ValueError):
-        return None
+        return {}
+    return dict(header.get("__metadata__", {})) if isinstance(header, dict) else {}
 
 
 def encode_pngs(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
