@@ -1,5 +1,6 @@
 """The registry: what it loads, what it survives, what it selects, and how it words a refusal."""
 
+import json
 import re
 import subprocess
 import sys
@@ -141,6 +142,36 @@ def test_table_rows(plugin):
     assert "a_module_that_nobody_has" in rows[1]["reason"]
 
 
+def test_licences_of_weights_are_listed(plugin, monkeypatch):
+    import diff2to3._cli._listing as listing
+    from click.testing import CliRunner
+
+    stated = cutter("trained", licence=(("large: acme/cut", "MIT"), ("huge: acme/cut-xl", "non-commercial")))
+    found = Registry([plugin("acme-cut", [stated, cutter()])])
+    monkeypatch.setattr(listing, "registry", lambda: found)
+    rows = json.loads(CliRunner().invoke(listing.plugins, ["--json"]).output)
+    assert [row.get("licence") for row in rows] == [
+        None,
+        {"large: acme/cut": "MIT", "huge: acme/cut-xl": "non-commercial"},
+    ]
+    text = CliRunner().invoke(listing.plugins).output
+    assert re.search(r"matting trained +huge: acme/cut-xl +non-commercial\n", text)
+    assert text.count("matting trained") == 2
+    monkeypatch.setattr(listing, "registry", lambda: Registry([plugin("acme-cut", [cutter()])]))
+    assert "LICENCE" not in CliRunner().invoke(listing.plugins).output
+
+
+def test_own_extractors_state_every_licence():
+    """Every source that the errors and the docs name; FLUX.1-dev's is not to be overlooked."""
+    extractors = {
+        c.spec.name: dict(c.spec.licence) for c in registry().components if c.spec.role == "feature_extractor"
+    }
+    assert extractors["dino"] == {"default: facebook/dinov2-with-registers-large": "Apache-2.0"}
+    assert {weights.split(":")[0] for weights in extractors["flux"]} == {"tiny", "paper", "flux2", "taef1", "taef2"}
+    assert "Non-Commercial" in extractors["flux"]["paper: black-forest-labs/FLUX.1-dev"]
+    assert "asks first" in extractors["flux"]["paper: black-forest-labs/FLUX.1-dev"]
+
+
 BAD_FIELDS = [
     {"name": "Cut"},
     {"name": "a:b"},
@@ -152,6 +183,9 @@ BAD_FIELDS = [
     {"api": "1"},
     {"requires": ["a"]},
     {"weights": "none"},
+    {"licence": "MIT"},
+    {"licence": (("large", ""),)},
+    {"licence": ("ab",)},
 ]
 
 

@@ -64,6 +64,14 @@ def kl(lively):
     return lively(FluxFeaturesConfig(architecture="kl", **fields))
 
 
+@pytest.fixture(scope="session")
+def kl2(lively):
+    """FLUX.2's layout, a quarter as wide or less, with statistics of 2x2 patches."""
+    mean, std = tuple(0.01 * c for c in range(128)), tuple(0.5 + 0.01 * c for c in range(128))
+    fields = {"latent_channels": 32, "block_channels": (32, 32, 64, 64), "channel_mean": mean, "channel_std": std}
+    return lively(FluxFeaturesConfig(architecture="kl2", **fields))
+
+
 @pytest.fixture
 def pictures():
     return torch.rand(2, 3, 48, 32, generator=torch.Generator().manual_seed(0))

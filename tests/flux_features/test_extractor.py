@@ -9,7 +9,7 @@ from diffusers import AutoencoderTiny
 from flux_features import FluxFeatures, FluxFeaturesConfig
 from pydantic import ValidationError
 
-BOTH = pytest.mark.parametrize("name", ["tiny", "kl"])
+ALL = pytest.mark.parametrize("name", ["tiny", "kl", "kl2"])
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_tokens_are_patches_in_reading_order(tiny):
         tiny.tokens(torch.zeros(1, 16, 3, 4))
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("size", [(16, 16), (17, 31), (1, 40), (33, 16)])
 @torch.no_grad()
 def test_any_size_is_padded_by_its_edge(model, size):
@@ -108,7 +108,7 @@ def test_refuses_other_things_than_pictures(tiny, images):
         tiny(images)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 @torch.no_grad()
 def test_half_precision(model, name, dtype, tolerance, pictures):
@@ -128,7 +128,7 @@ def test_half_precision(model, name, dtype, tolerance, pictures):
         assert float((model(pictures).float() - exact).norm() / exact.norm()) < 0.05
 
 
-@BOTH
+@ALL
 @torch.no_grad()
 def test_batch_independent_and_deterministic(model, pictures):
     state = torch.random.get_rng_state()
@@ -139,7 +139,7 @@ def test_batch_independent_and_deterministic(model, pictures):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@BOTH
+@ALL
 def test_trains_end_to_end(model, name, pictures):
     copy = FluxFeatures(model.config)
     copy.load_state_dict(model.state_dict())
@@ -152,7 +152,7 @@ def test_trains_end_to_end(model, name, pictures):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"channel_mean": (0.0,)}, "channel_mean has 1 values, expected latent_channels = 16"),
+        ({"channel_mean": (0.0,)}, "channel_mean has 1 values, expected latent_channels = 16, or 4 times as many"),
         ({"channel_std": (0.0,) * 16}, "channel_std must be positive"),
         ({"encoder_blocks": (1, 2)}, "expected 4 entries"),
         ({"block_channels": (16, 32, 64, 64)}, "multiples of 32"),

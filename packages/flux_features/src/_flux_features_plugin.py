@@ -1,5 +1,6 @@
 """Component manifest of flux-features; listing plugins imports nothing heavier than this file."""
 
+from _flux_features_weights import licence_rows
 from diff2to3 import ComponentSpec, hookimpl
 
 
@@ -11,6 +12,7 @@ def diff2to3_components() -> list[ComponentSpec]:
             name="flux",
             target="flux_features:FluxFeatures",
             config="flux_features:FluxFeaturesConfig",
+            licence=licence_rows("flux"),
         ),
         ComponentSpec(
             role="feature_extractor",
@@ -20,5 +22,6 @@ def diff2to3_components() -> list[ComponentSpec]:
             requires=("transformers",),
             install="flux-features[dino]",
             weights="own",
+            licence=licence_rows("dino"),
         ),
     ]

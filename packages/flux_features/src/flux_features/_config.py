@@ -12,7 +12,8 @@ class FluxFeaturesConfig(BaseModel):
 
     Attributes:
         architecture: ``"tiny"`` is the layout of TAEF1, TAEF2 and diffusers' ``AutoencoderTiny``; ``"kl"`` is
-            diffusers' ``AutoencoderKL`` as FLUX.1 ships it (no quant convolutions, attention in the middle).
+            diffusers' ``AutoencoderKL`` as FLUX.1 ships it (no quant convolutions, attention in the middle); ``"kl2"``
+            is FLUX.2's, with quant convolutions.
         latent_channels: channels of the feature map.
         image_size: side in pixels of the square condition image the rest of a pipeline was trained with.
         shift: features are ``scale * (z - shift)``; FLUX.1 uses 0.1159 and 0.3611.
@@ -20,14 +21,15 @@ class FluxFeaturesConfig(BaseModel):
         encoder_blocks: ``"tiny"``: residual blocks per resolution of the encoder, full resolution first.
         decoder_blocks: ``"tiny"``: residual blocks per resolution of the decoder, coarsest first.
         normalised_blocks: ``"tiny"``: the coarsest blocks have a branch with a group norm (TAEF2).
-        block_channels: ``"kl"``: widths per resolution, full resolution first, multiples of 32.
-        channel_mean: per-channel mean of ``scale * (z - shift)`` over a data set; subtracted.
+        block_channels: ``"kl"`` and ``"kl2"``: widths per resolution, full resolution first, multiples of 32.
+        channel_mean: per-channel mean of ``scale * (z - shift)`` over a data set; subtracted. One value a channel, or
+            one a channel of the 2x2 patches (channel, row, column), as FLUX.2's batch norm has.
         channel_std: per-channel standard deviation over the same data set; divided by.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architecture: Literal["tiny", "kl"] = "tiny"
+    architecture: Literal["tiny", "kl", "kl2"] = "tiny"
     latent_channels: int = Field(default=16, ge=1)
     image_size: int = Field(default=256, ge=16, multiple_of=16)
     shift: float = Field(default=0.0, allow_inf_nan=False)
@@ -43,8 +45,11 @@ class FluxFeaturesConfig(BaseModel):
     def _fits(self) -> FluxFeaturesConfig:
         for name in ("channel_mean", "channel_std"):
             value = getattr(self, name)
-            if value is not None and len(value) != self.latent_channels:
-                raise ValueError(f"{name} has {len(value)} values, expected latent_channels = {self.latent_channels}")
+            if value is not None and len(value) not in (self.latent_channels, 4 * self.latent_channels):
+                raise ValueError(
+                    f"{name} has {len(value)} values, expected latent_channels = {self.latent_channels}, "
+                    "or 4 times as many for patches of 2x2"
+                )
         if self.channel_std is not None and not all(0 < value < float("inf") for value in self.channel_std):
             raise ValueError(f"channel_std must be positive and finite, got {self.channel_std}")
         for name in ("encoder_blocks", "decoder_blocks", "block_channels"):
@@ -61,8 +66,9 @@ class FluxFeaturesConfig(BaseModel):
         """A configuration by name.
 
         ``tiny``: the embedded pipeline's, 1.24 M parameters, 256 px. ``small``: the same layout in TAEF1's size,
-        2.5 M, 512 px. ``paper``: FLUX.1's own, 83.8 M, 512 px. ``taef1`` and ``taef2``: the public tiny autoencoders of
-        FLUX.1 (16 channels) and FLUX.2 (32 channels).
+        2.5 M, 512 px. ``paper``: FLUX.1's own, 83.8 M, 512 px. ``flux2``: FLUX.2's, 84.0 M, 32 channels; the statistics
+        of its batch norm come with the weights, ``FluxFeatures.from_pretrained`` reads them. ``taef1`` and ``taef2``:
+        the public tiny autoencoders of FLUX.1 (16 channels) and FLUX.2 (32 channels).
         """
         if name not in _PRESETS:
             raise ValueError(f"no FluxFeaturesConfig preset {name!r}; expected one of {', '.join(_PRESETS)}")
@@ -74,6 +80,7 @@ _PRESETS = {
     "tiny": FluxFeaturesConfig(),
     "small": _TAEF1,
     "paper": FluxFeaturesConfig(architecture="kl", image_size=512, shift=0.1159, scale=0.3611),
+    "flux2": FluxFeaturesConfig(architecture="kl2", latent_channels=32, image_size=512),
     "taef1": _TAEF1,
     "taef2": _TAEF1.model_copy(update={"latent_channels": 32, "normalised_blocks": True}),
 }

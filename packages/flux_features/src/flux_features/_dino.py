@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from flux_features._hub import announce, in_cache, terms_of
+
+_FILES = ["config.json", "model.safetensors"]
 _MODEL_TYPE = "dinov2_with_registers"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -42,10 +46,13 @@ class DinoFeatures(nn.Module):
     default network ``[B, 1024, 37, 37]`` at 518 px. Sides that are not multiples of the patch are padded at the right
     and bottom by repeating the edge. The position embedding is interpolated for other sizes than the network's own.
 
-    Needs the extra ``flux-features[dino]``.
+    Needs the extra ``flux-features[dino]``. Weights that neither a directory nor the Hub's local cache has are
+    downloaded, with a line on the log ``flux_features`` that names their licence; gated ones are not.
 
     Raises:
         ValueError: the weights are incomplete or of another network, or do not go with ``image_size``.
+        PermissionError: the weights are gated on the Hub and were not downloaded before.
+        ConnectionError: the Hub cannot be asked for the licence of weights that are not well known.
         FileNotFoundError: no weights at that place, or the Hub cannot be reached.
         ImportError: transformers is not installed.
     """
@@ -99,6 +106,7 @@ def _load(config: DinoFeaturesConfig) -> Any:
         transformers: Any = import_module("transformers")
     except ImportError as error:
         raise ImportError("DinoFeatures needs transformers: pip install 'flux-features[dino]'") from error
+    _announce(config)
     where = {"pretrained_model_name_or_path": config.source, "revision": config.revision or "main"}
     try:
         stated, _ = transformers.PretrainedConfig.get_config_dict(**where)
@@ -113,3 +121,11 @@ def _load(config: DinoFeaturesConfig) -> Any:
         raise ValueError(f"{config.source}: {len(missing)} tensors are missing, first {missing[0]}")
     model.layernorm = nn.Identity()  # TRELLIS reads the tokens before it
     return model.eval()
+
+
+def _announce(config: DinoFeaturesConfig) -> None:
+    """Name the licence before a download, which transformers would start without a word."""
+    if Path(config.source).is_dir() or in_cache(config.source, _FILES, config.revision):
+        return
+    terms = terms_of(config.source, config.revision)
+    announce(config.source, terms, False, f"run 'hf download {config.source}'")

@@ -12,15 +12,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flux_features._config import FluxFeaturesConfig
+from flux_features._tiling import encode_tiled
 from flux_features._tiny_autoencoder import TinyAutoencoder
-from flux_features._weights import find_files, load_strictly, published_scaling
+from flux_features._weights import find_files, load_strictly, published_numbers, read_tensors
 
 
 class FluxFeatures(nn.Module):
     """FLUX-shaped autoencoder as a feature extractor.
 
-    ``features = (scale * (z - shift) - channel_mean) / channel_std`` with z the latent (of ``"kl"`` the mean, without
-    noise). The decoder is kept so that a feature map can be looked at and the autoencoder trained.
+    ``features = (scale * (z - shift) - channel_mean) / channel_std`` with z the latent (of ``"kl"`` and ``"kl2"`` the
+    mean, without noise). Statistics of 4C values are those of 2x2 patches; FLUX.2 has such, and ``tokens`` are then
+    its own latents. The decoder is kept so that a feature map can be looked at and the autoencoder trained.
 
     Shapes: images ``[B, 3, H, W]`` float RGB in [0, 1]; feature map ``[B, C, h, w]``, h = 2 ceil(H / 16), likewise w;
     tokens ``[B, h/2, w/2, 4C]``.
@@ -54,16 +56,29 @@ class FluxFeatures(nn.Module):
         """Side in pixels of the condition image that pipelines built on this extractor use."""
         return self.config.image_size
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """Feature maps of images in [0, 1] of any size."""
+    def forward(self, images: Float[Tensor, "B 3 H W"], *, tile: int | None = None) -> Float[Tensor, "B C h w"]:
+        """Feature maps of images in [0, 1] of any size.
+
+        Args:
+            images: ``[B, 3, H, W]`` float RGB.
+            tile: side in pixels, a multiple of 16, of the squares in which a larger picture is encoded, to need less
+                memory; None encodes it whole. The features are the same up to rounding: each resolution is tiled on
+                its own with as many cells of overlap as its convolutions reach, norms take their statistics over the
+                whole picture, and the blocks at 1/8 (with ``"kl"`` and ``"kl2"`` the attention) run on all of it. Norms
+                cost one pass each, so FLUX's own networks take about five times as long.
+        """
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
             raise ValueError(f"expected float images [B, 3, H, W] in [0, 1], got {images.dtype} {tuple(images.shape)}")
         side = self.stride * self.patch
+        if tile is not None and (tile < side or tile % side):
+            raise ValueError(f"tile = {tile}: expected a multiple of {side} px, or None")
         bottom, right = -images.shape[-2] % side, -images.shape[-1] % side
         if bottom or right:
             images = F.pad(images, (0, right, 0, bottom), mode="replicate")
-        latent = self.config.scale * (self._latent(images.to(self._dtype)).float() - self.config.shift)
-        return ((latent - self.channel_mean) / self.channel_std).to(self._dtype)
+        latent = self._latent(images.to(self._dtype), tile)
+        latent = self.config.scale * (latent.float() - self.config.shift)
+        mean, std = self._spread(self.channel_mean, latent), self._spread(self.channel_std, latent)
+        return ((latent - mean) / std).to(self._dtype)
 
     def tokens(self, feature_map: Float[Tensor, "B C h w"]) -> Float[Tensor, "B i j D"]:
         """2x2 patches of a feature map, row-major; D = 4C in the order FLUX packs: channel, row, column."""
@@ -80,7 +95,8 @@ class FluxFeatures(nn.Module):
             feature_map: ``[B, C, h, w]``.
             size: (height, width) of the picture before it was padded, to cut the padding off; None keeps 8h x 8w.
         """
-        latent = (feature_map.float() * self.channel_std + self.channel_mean) / self.config.scale + self.config.shift
+        mean, std = self._spread(self.channel_mean, feature_map), self._spread(self.channel_std, feature_map)
+        latent = (feature_map.float() * std + mean) / self.config.scale + self.config.shift
         latent = latent.to(self._dtype)
         if isinstance(self.autoencoder, TinyAutoencoder):
             images = self.autoencoder.decode(latent)
@@ -92,16 +108,29 @@ class FluxFeatures(nn.Module):
     def _dtype(self) -> torch.dtype:
         return next(self.autoencoder.parameters()).dtype
 
-    def _latent(self, images: Tensor) -> Tensor:
-        if isinstance(self.autoencoder, TinyAutoencoder):
-            return self.autoencoder.encode(images)
-        return self.autoencoder.encode(images * 2 - 1).latent_dist.mode()
+    def _latent(self, images: Tensor, tile: int | None) -> Tensor:
+        is_tiny = isinstance(self.autoencoder, TinyAutoencoder)
+        if not is_tiny:
+            images = images * 2 - 1
+        if tile is not None and max(images.shape[-2:]) > tile:
+            return encode_tiled(self.autoencoder, images, tile)[:, : self.channels]  # the means come first
+        return self.autoencoder.encode(images) if is_tiny else self.autoencoder.encode(images).latent_dist.mode()
 
     def _statistics(self, device: torch.device | None = None) -> dict[str, Tensor]:
         count = self.config.latent_channels
         mean, std = self.config.channel_mean or (0.0,) * count, self.config.channel_std or (1.0,) * count
         values = {"channel_mean": mean, "channel_std": std}
-        return {name: torch.tensor(value, device=device).view(1, -1, 1, 1) for name, value in values.items()}
+        shaped = {name: torch.tensor(value, device=device).view(1, -1, 1, 1) for name, value in values.items()}
+        return {name: F.pixel_shuffle(v, self.patch) if v.shape[1] > count else v for name, v in shaped.items()}
+
+    def _spread(self, statistic: Tensor, latent: Tensor) -> Tensor:
+        """Statistics of 2x2 patches repeated over a map ``[B, C, h, w]``; those of whole channels as they are."""
+        if statistic.shape[-1] == 1:
+            return statistic
+        rows, columns = latent.shape[-2:]
+        if rows % self.patch or columns % self.patch:
+            raise ValueError(f"expected a feature map with even sides, got {tuple(latent.shape)}")
+        return statistic.repeat(1, 1, rows // self.patch, columns // self.patch)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FluxFeatures:
         super()._apply(fn, recurse)
@@ -111,37 +140,43 @@ class FluxFeatures(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, config: FluxFeaturesConfig | None = None, *, revision: str | None = None
+        cls,
+        source: str | Path,
+        config: FluxFeaturesConfig | None = None,
+        *,
+        revision: str | None = None,
+        accept_licence: bool = False,
     ) -> FluxFeatures:
         """An extractor with published weights, in float32 and eval mode.
 
+        What the Hub's local cache has is used as it is. Anything else is downloaded with a line on the log
+        ``flux_features`` that names the licence, and from a gated repository only on ``accept_licence``.
+
         Args:
-            source: a file, a directory or a Hub id. For FLUX.1's autoencoder: ``ae.safetensors`` in the
+            source: a file, a directory or a Hub id. For FLUX.1's and FLUX.2's autoencoders: ``ae.safetensors`` in the
                 black-forest-labs layout, a diffusers directory (of the autoencoder, or of a pipeline with a ``vae``
                 folder), or an id such as ``black-forest-labs/FLUX.1-schnell``. For the tiny ones: a file or directory
                 in diffusers' layout, one of the pair ``*_encoder.safetensors`` and ``*_decoder.safetensors`` or the
                 directory that has the pair, or ``madebyollin/taef1``, ``madebyollin/taef2``.
             config: the layout; None is ``FluxFeaturesConfig.preset("paper")``. Scale and shift that a ``config.json``
-                beside the weights states replace those of the layout.
+                beside the weights states replace those of the layout; FLUX.2's statistics come with its weights.
             revision: Hub revision, for Hub ids.
+            accept_licence: for gated Hub ids: you read the licence of the weights and agree to it.
 
         Raises:
             ValueError: the weights are not of this layout (missing, unexpected or misshapen tensors are named), or a
                 file cannot be read.
             FileNotFoundError: there is no such file, directory or Hub repository.
-            PermissionError: the Hub wants a licence accepted first.
+            PermissionError: the owner wants a licence accepted first: by ``accept_licence``, and on the Hub.
             ConnectionError: the Hub cannot be reached.
         """
         config = FluxFeaturesConfig.preset("paper") if config is None else config
-        is_tiny = config.architecture == "tiny"
-        hub_file = "diffusion_pytorch_model.safetensors"
-        if not is_tiny:
-            hub_file = f"vae/{hub_file}"
-        elif config.normalised_blocks:
-            hub_file = "taef2.safetensors"
-        files, config_file = find_files(source, is_tiny, hub_file, revision)
-        model = cls(FluxFeaturesConfig.model_validate(config.model_dump() | published_scaling(config_file)))
-        load_strictly(model.autoencoder, files)
+        files, config_file = find_files(source, config, revision, accept_licence)
+        where = " and ".join(map(str, files))
+        tensors = read_tensors(files)
+        numbers = published_numbers(config.architecture, tensors, config_file, where)
+        model = cls(FluxFeaturesConfig.model_validate(config.model_dump() | numbers))
+        load_strictly(model.autoencoder, tensors, where)
         return model.eval()
 
 
@@ -152,14 +187,16 @@ def _build(config: FluxFeaturesConfig) -> Any:
         )
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(  # FLUX.1's autoencoder: black-forest-labs/flux, util.py and modules/autoencoder.py
+    # FLUX.1's: black-forest-labs/flux, util.py and modules/autoencoder.py. FLUX.2's (flux2, autoencoder.py, diffusers'
+    # AutoencoderKLFlux2) is the same network with quant convolutions; its batch norm is in the config's statistics.
+    return AutoencoderKL(
         latent_channels=config.latent_channels,
         block_out_channels=config.block_channels,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         norm_num_groups=32,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        use_quant_conv=config.architecture == "kl2",
+        use_post_quant_conv=config.architecture == "kl2",
         mid_block_add_attention=True,
     )

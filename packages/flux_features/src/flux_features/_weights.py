@@ -3,7 +3,8 @@
 Layouts read here, told apart by the names of the tensors:
 
 - diffusers (``AutoencoderKL``, ``AutoencoderTiny``): the names that the modules here have;
-- black-forest-labs (``ae.safetensors``): github.com/black-forest-labs/flux, ``modules/autoencoder.py``;
+- black-forest-labs (``ae.safetensors``): github.com/black-forest-labs/flux, ``modules/autoencoder.py``, and flux2,
+  ``autoencoder.py``;
 - taesd (``taef2_encoder.safetensors`` and ``taef2_decoder.safetensors``): github.com/madebyollin/taesd, ``taesd.py``.
 """
 
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+from flux_features._config import FluxFeaturesConfig
+from flux_features._hub import hub_files
 
 _DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,7 +37,11 @@ _BFL_RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\bmid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
     (r"\bconv_shortcut\b", "nin_shortcut"),
     (r"\bconv_norm_out\b", "norm_out"),
+    (r"^quant_conv\b", "encoder.quant_conv"),
+    (r"^post_quant_conv\b", "decoder.post_quant_conv"),
 )
+_BATCH_NORM = ("bn.running_mean", "bn.running_var")  # of FLUX.2, under both names
+_BATCH_NORM_EPSILON = 1e-4  # FLUX.2's, also where no config.json states it
 
 
 def bfl_name(name: str) -> str:
@@ -49,53 +57,80 @@ def taesd_name(name: str) -> str:
     return f"{part}.{int(index) + (part == 'decoder')}.{rest}"
 
 
+def hub_names(config: FluxFeaturesConfig) -> list[str]:
+    """Files of a Hub repository that has weights of this layout."""
+    if config.architecture != "tiny":
+        return [f"vae/{_DIFFUSERS_FILE}", "vae/config.json"]
+    return ["taef2.safetensors"] if config.normalised_blocks else [_DIFFUSERS_FILE, "config.json"]
+
+
 def find_files(
-    source: str | Path, is_tiny: bool, hub_file: str, revision: str | None
+    source: str | Path, config: FluxFeaturesConfig, revision: str | None, accept_licence: bool
 ) -> tuple[list[Path], Path | None]:
     """Weight files and the ``config.json`` beside them, if there is one.
 
     Args:
         source: a file, a directory or a Hub id.
-        is_tiny: whether an encoder and a decoder file may stand apart.
-        hub_file: path inside a Hub repository.
+        config: layout of the weights; of a tiny one encoder and decoder may be files of their own.
         revision: Hub revision.
+        accept_licence: consent to the licence of a gated repository.
     """
-    path = Path(source)
+    path, is_tiny = Path(source), config.architecture == "tiny"
     if path.is_file():
         return _with_sibling(path) if is_tiny else [path], None
     if path.is_dir():
         return _in_directory(path, is_tiny)
     if path.suffix == ".safetensors" or not _HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(f"{source}: no such file or directory, and not a Hub id such as 'owner/name'")
-    weights = _download(str(source), hub_file, revision)
-    if not hub_file.endswith(_DIFFUSERS_FILE):
-        return [weights], None
-    folder = hub_file.removesuffix(_DIFFUSERS_FILE)
-    return [weights], _download(str(source), f"{folder}config.json", revision)
+    weights, *config_file = hub_files(str(source), hub_names(config), revision, accept_licence)
+    return [weights], config_file[0] if config_file else None
 
 
-def published_scaling(config_file: Path | None) -> dict[str, float]:
-    """``scale`` and ``shift`` as a diffusers ``config.json`` states them; nothing where it states none."""
+def published_numbers(
+    architecture: str, tensors: dict[str, Tensor], config_file: Path | None, where: str
+) -> dict[str, Any]:
+    """Fields of ``FluxFeaturesConfig`` that come with the weights; nothing where nothing is stated.
+
+    Of FLUX.1 and the tiny ones ``scale`` and ``shift``, as a diffusers ``config.json`` states them. Of FLUX.2
+    ``channel_mean`` and ``channel_std``, from its batch norm over 2x2 patches, whose tensors are taken out of
+    ``tensors``.
+    """
+    stated = _read_config(config_file)
+    if architecture != "kl2":
+        names = {"scale": "scaling_factor", "shift": "shift_factor"}
+        return {ours: float(stated[theirs]) for ours, theirs in names.items() if stated.get(theirs) is not None}
+    if absent := [name for name in _BATCH_NORM if name not in tensors]:
+        raise ValueError(f"{where}: not FLUX.2's autoencoder: it has no tensor {absent[0]}")
+    mean, variance = (tensors.pop(name).double() for name in _BATCH_NORM)
+    tensors.pop("bn.num_batches_tracked", None)
+    deviation = (variance + float(stated.get("batch_norm_eps", _BATCH_NORM_EPSILON))).sqrt()
+    return {"channel_mean": tuple(mean.tolist()), "channel_std": tuple(deviation.tolist())}
+
+
+def _read_config(config_file: Path | None) -> dict[str, Any]:
     if config_file is None:
         return {}
     try:
         stated = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_file}: not a JSON file ({error})") from error
-    names = {"scale": "scaling_factor", "shift": "shift_factor"}
-    return {ours: float(stated[theirs]) for ours, theirs in names.items() if stated.get(theirs) is not None}
+    if not isinstance(stated, dict):
+        raise ValueError(f"{config_file}: expected a JSON object, got {type(stated).__name__}")
+    return stated
 
 
-def load_strictly(model: nn.Module, files: list[Path]) -> None:
-    """Copy the tensors of the files into a ``TinyAutoencoder`` or an ``AutoencoderKL``, whatever the layout.
+def load_strictly(model: nn.Module, found: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into a ``TinyAutoencoder`` or an ``AutoencoderKL``, whatever the layout.
+
+    Args:
+        model: the autoencoder.
+        found: tensors by their names in the files.
+        where: the files, for errors.
 
     Raises:
-        ValueError: a file cannot be read, or tensors are missing, unexpected or of another shape; they are named as in
-            the file.
+        ValueError: tensors are missing, unexpected or of another shape; they are named as in the file.
     """
-    found = _read(files)
     rename = _layout(found)
-    where = " and ".join(map(str, files))
     own = model.state_dict()
     expected = {name: rename(name) for name in own}
     missing = sorted(set(expected.values()) - found.keys())
@@ -129,7 +164,12 @@ def _layout(names: Mapping[str, Any]) -> Callable[[str], str]:
     return str
 
 
-def _read(files: list[Path]) -> dict[str, Tensor]:
+def read_tensors(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors of safetensors files; those of a taesd pair with ``encoder.`` and ``decoder.`` before their names.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -174,22 +214,3 @@ def _with_sibling(file: Path) -> list[Path]:
                 f"{part}: no such file; {file.name} is one half of an autoencoder, the other is needed"
             )
     return pair
-
-
-def _download(repository: str, file: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except GatedRepoError as error:
-        raise PermissionError(
-            f"{repository}: its owner asks for consent to a licence: read and accept it at "
-            f"https://huggingface.co/{repository}, then log in with 'hf auth login'"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(
-            f"{repository}: {file} is not in the local cache and the Hub cannot be reached"
-        ) from error
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(f"{repository}: cannot get {file} from the Hub ({error})") from error

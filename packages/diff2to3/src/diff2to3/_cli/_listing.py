@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,9 +29,22 @@ def plugins(as_json: bool) -> None:
         (row["role"] or "-", row["name"] or "-", _owner(row), "yes" if row["available"] else f"no: {row['reason']}")
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in table) for i in range(3)]
-    for line in table:
-        click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]))
+    _print_table(table)
+    licences = [
+        (f"{row['role']} {row['name']}", weights, licence)
+        for row in rows
+        for weights, licence in row.get("licence", {}).items()
+    ]
+    if licences:
+        click.echo()
+        _print_table([("COMPONENT", "WEIGHTS", "LICENCE"), *licences])
+
+
+def _print_table(lines: Sequence[tuple[str, ...]]) -> None:
+    """Columns aligned to the left; the last one is as long as it is."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
+    for line in lines:
+        click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]))
 
 
 @click.command()

@@ -52,9 +52,9 @@ class Component:
         return f"needs the module {', '.join(missing)}{advice}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The row that ``diff2to3 plugins --json`` prints."""
+        """The row that ``diff2to3 plugins --json`` prints; ``licence`` only where published weights have one."""
         reason = self.unavailable_reason()
-        return {
+        row = {
             "role": self.spec.role,
             "name": self.spec.name,
             "distribution": self.distribution,
@@ -63,6 +63,7 @@ class Component:
             "available": reason is None,
             "reason": reason,
         }
+        return row | ({"licence": dict(self.spec.licence)} if self.spec.licence else {})
 
 
 @dataclass(frozen=True)

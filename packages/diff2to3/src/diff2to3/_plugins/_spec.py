@@ -36,6 +36,7 @@ class ComponentSpec:
         install: what ``pip install`` adds those, for example ``"diff2to3[matting]"``; shown to the user.
         weights: ``"pipeline"`` when its parameters come from the pipeline's directory, ``"own"`` when it finds them
             itself. A component of the first kind is refused where the directory has none for it: it would be random.
+        licence: pairs of published weights that it runs with and their licence; listed by ``diff2to3 plugins``.
 
     Raises:
         ValueError: a field is malformed. Whether the role exists is checked by the loader.
@@ -49,13 +50,19 @@ class ComponentSpec:
     requires: tuple[str, ...] = ()
     install: str = ""
     weights: Literal["pipeline", "own"] = "pipeline"
+    licence: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            expected = {"config": (str, type(None)), "api": int, "requires": tuple}.get(field.name, str)
+            expected = {"config": (str, type(None)), "api": int, "requires": tuple, "licence": tuple}.get(
+                field.name, str
+            )
             if not isinstance(value, expected):  # type: ignore[arg-type]
                 raise ValueError(f"ComponentSpec.{field.name}: got {value!r} of type {type(value).__name__}")
+        for pair in self.licence:
+            if not isinstance(pair, tuple) or [type(text) for text in pair] != [str, str] or not all(pair):
+                raise ValueError(f"ComponentSpec.licence: got {pair!r}, expected pairs (weights, licence)")
         if self.weights not in ("pipeline", "own"):
             raise ValueError(f"ComponentSpec.weights: got {self.weights!r}, expected 'pipeline' or 'own'")
         if not _NAME.fullmatch(self.name):
