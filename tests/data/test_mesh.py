@@ -147,7 +147,6 @@ def test_missing_file(tmp_path):
         load_mesh(tmp_path / "none.glb")
 
 
-@pytest.mark.skipif(int(trimesh.__version__.split(".")[0]) < 5, reason="trimesh 4 follows references anywhere")
 @pytest.mark.parametrize("absolute", [False, True])
 def test_nothing_is_read_outside_the_folder_of_the_asset(tmp_path, absolute):
     inside = tmp_path / "assets"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diff2to3.data._limits import MAX_DRAWN_PIXELS, RefusedAsset, check_size, read_asset
+
 MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply")
 _LONGEST_SIDE = 0.95  # of the unit cube; leaves a margin so that no surface voxel touches the border
+_SMALLEST_EXTENT = 1e-30  # below it, or above its inverse, scaling in float32 loses the shape
+_MAX_EDGES_SQUARED = 2e4  # in sides of the cube squared: minutes to voxelize at 64^3; real assets stay below 500
 
 
 @dataclass(frozen=True)
@@ -42,21 +48,18 @@ class Mesh:
 def load_mesh(path: str | Path) -> Mesh:
     """Loads a ``.glb``/``.gltf`` (y up, turned to z up), ``.obj`` or ``.ply`` (taken as y up too) asset.
 
-    Raises:
-        ValueError: unreadable file, no triangles, or coordinates that are not finite.
-    """
-    import trimesh
+    Only files in the asset's folder and below are read, whatever the asset names; `_limits` says how large it may be.
 
+    Raises:
+        ValueError: unreadable file, a limit passed, a base-colour texture that is missing or unreadable, no triangles,
+            or coordinates that are not finite; one line that starts with the path.
+    """
     try:
-        scene = trimesh.load_scene(path, process=False)
-        parts = []
-        for node in scene.graph.nodes_geometry:
-            transform, name = scene.graph[node]
-            geometry = scene.geometry[name]
-            if isinstance(geometry, trimesh.Trimesh) and len(geometry.faces):
-                parts.append(_part(geometry, np.asarray(transform)))
+        parts = _load_parts(Path(path))
+    except RefusedAsset as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from error
     except Exception as error:  # trimesh and Pillow raise whatever their parsers meet in a broken file
-        raise ValueError(f"{path}: not a readable mesh ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path}: not a readable mesh ({type(error).__name__}: {_one_line(error)})") from error
     if not parts:
         raise ValueError(f"{path}: no triangles found")
     if any(part.faces.min() < 0 or part.faces.max() >= len(part.vertices) for part in parts):
@@ -65,13 +68,62 @@ def load_mesh(path: str | Path) -> Mesh:
     if not np.isfinite(vertices).all():
         raise ValueError(f"{path}: vertex coordinates are not finite")
     low, high = vertices.min(0), vertices.max(0)
-    extent = float((high - low).max())
+    with np.errstate(over="ignore"):
+        extent = float((high - low).max())
     if extent <= 0:
         raise ValueError(f"{path}: all vertices coincide")
-    return Mesh(tuple(_normalised(part, (low + high) / 2, _LONGEST_SIDE / extent) for part in parts))
+    if not _SMALLEST_EXTENT < extent < 1 / _SMALLEST_EXTENT:
+        raise ValueError(f"{path}: its longest side is {extent:.3g}, which float32 cannot scale to {_LONGEST_SIDE}")
+    mesh = Mesh(tuple(_normalised(part, (low + high) / 2, _LONGEST_SIDE / extent) for part in parts))
+    work = sum(_longest_edges_squared(part) for part in mesh.parts)
+    if work > _MAX_EDGES_SQUARED:
+        raise ValueError(
+            f"{path}: too many large triangles ({work:.3g} squared sides, at most {_MAX_EDGES_SQUARED:.3g})"
+        )
+    return mesh
 
 
-def _part(geometry: Any, transform: np.ndarray) -> MeshPart:
+def _load_parts(path: Path) -> list[MeshPart]:
+    import trimesh
+
+    data, files = read_asset(path)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):  # what is wrong with an asset is said by its error
+        warnings.simplefilter("ignore")
+        resolver: Any = files  # trimesh calls its get and [] alone
+        kind = path.suffix[1:].lower()
+        scene = trimesh.load_scene(io.BytesIO(data), file_type=kind, resolver=resolver, process=False)
+        if files.refusal:
+            raise RefusedAsset(files.refusal)
+        found = []
+        for node in scene.graph.nodes_geometry:
+            transform, name = scene.graph[node]
+            geometry = scene.geometry[name]
+            if isinstance(geometry, trimesh.Trimesh) and len(geometry.faces):
+                found.append((geometry, np.asarray(transform)))
+        check_size(sum(len(g.faces) for g, _ in found), sum(len(g.vertices) for g, _ in found))
+        textures = _Textures()
+        return [_part(geometry, transform, textures) for geometry, transform in found]
+
+
+class _Textures:
+    """Decoded base-colour textures of an asset, each decoded once however many parts show it."""
+
+    def __init__(self) -> None:
+        self._decoded: dict[int, tuple[Any, np.ndarray]] = {}  # by the picture's identity, with the picture itself
+        self._drawn = 0
+
+    def decode(self, picture: Any) -> np.ndarray:
+        """RGBA uint8 ``[h, w, 4]`` of a Pillow picture."""
+        width, height = picture.size
+        self._drawn += width * height  # the renderer uploads the texture of every part
+        if self._drawn > MAX_DRAWN_PIXELS:
+            raise RefusedAsset(f"the textures of its parts have more than {MAX_DRAWN_PIXELS:,} pixels together")
+        if id(picture) not in self._decoded:
+            self._decoded[id(picture)] = (picture, np.asarray(picture.convert("RGBA")))
+        return self._decoded[id(picture)][1]
+
+
+def _part(geometry: Any, transform: np.ndarray, textures: _Textures) -> MeshPart:
     vertices = geometry.vertices @ transform[:3, :3].T + transform[:3, 3]
     vertices = np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], 1)  # y up -> z up; glTF's front +z -> -y
     visual = geometry.visual
@@ -81,14 +133,16 @@ def _part(geometry: Any, transform: np.ndarray) -> MeshPart:
     if visual.kind == "texture":
         material = visual.material.to_pbr() if hasattr(visual.material, "to_pbr") else visual.material
         if material.baseColorTexture is not None:
-            texture = np.asarray(material.baseColorTexture.convert("RGBA"))
+            texture = textures.decode(material.baseColorTexture)
         if material.baseColorFactor is not None:
             colors[:] = np.asarray(material.baseColorFactor, np.uint8)
     elif visual.kind in ("vertex", "face"):
         colors = np.asarray(
             visual.to_color().vertex_colors if visual.kind == "face" else visual.vertex_colors, np.uint8
         )
-    if uv is None or len(uv) != len(vertices):
+        if colors.shape != (len(vertices), 4):
+            raise RefusedAsset(f"colours of shape {colors.shape} for {len(vertices)} vertices")
+    if uv is None or np.shape(uv) != (len(vertices), 2):
         uv = np.zeros((len(vertices), 2))
     return MeshPart(
         vertices.astype(np.float32), np.asarray(geometry.faces, np.int32), np.asarray(uv, np.float32), texture, colors
@@ -98,3 +152,16 @@ def _part(geometry: Any, transform: np.ndarray) -> MeshPart:
 def _normalised(part: MeshPart, centre: np.ndarray, scale: float) -> MeshPart:
     vertices = ((part.vertices - centre) * scale).astype(np.float32)
     return MeshPart(vertices, part.faces, part.uv, part.texture, part.colors)
+
+
+def _longest_edges_squared(part: MeshPart) -> float:
+    """Sum over triangles of the longest edge squared; the voxelizer's work grows with it."""
+    longest = np.zeros(len(part.faces), np.float32)
+    for first, second in ((0, 1), (1, 2), (2, 0)):
+        edge = part.vertices[part.faces[:, first]] - part.vertices[part.faces[:, second]]
+        longest = np.maximum(longest, np.einsum("fk,fk->f", edge, edge))
+    return float(longest.sum(dtype=np.float64))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -38,7 +38,8 @@ class RenderSettings(BaseModel):
 def list_assets(source: Path, index: Path | None = None) -> list[dict[str, str]]:
     """Rows ``{id, split, ...}`` of the assets under a folder.
 
-    They come from ``index`` or ``source/index.csv``; without either, every mesh file is an object of split ``train``.
+    They come from ``index`` or ``source/index.csv``; without either, every mesh file is an object of split ``train``. A
+    column ``path`` names the mesh file of a row under ``source``; without it the file is ``<id>.<suffix>``.
 
     Raises:
         InputError: no asset is found, or the index lacks a column.
@@ -56,14 +57,31 @@ def list_assets(source: Path, index: Path | None = None) -> list[dict[str, str]]
     return [{"id": p.relative_to(source).with_suffix("").as_posix(), "split": "train"} for p in files]
 
 
-def asset_path(source: Path, object_id: str) -> Path:
-    """The mesh file of an object id, under ``source`` or ``source/objects``."""
-    for folder in (source, source / "objects"):
-        for suffix in MESH_SUFFIXES:
-            path = folder / f"{object_id}{suffix}"
-            if path.is_file():
-                return path
-    raise ValueError(f"{source}: no mesh file for {object_id!r} (looked for {', '.join(MESH_SUFFIXES)})")
+def asset_path(source: Path, object_id: str, path: str | None = None) -> Path:
+    """The mesh file of an object: its row's ``path`` under ``source``, or ``<id>.<suffix>`` there or in ``objects``.
+
+    Raises:
+        ValueError: there is none, or it lies outside ``source`` (links followed).
+    """
+    by_id = [f"{folder}{object_id}{suffix}" for folder in ("", "objects/") for suffix in MESH_SUFFIXES]
+    for name in [path] if path else by_id:
+        try:
+            found = (source / name).resolve()
+            exists = found.is_file()
+        except (OSError, ValueError, RuntimeError):  # too long, a zero byte, or links in a circle: no such file
+            continue
+        if exists and not found.is_relative_to(source.resolve()):
+            raise ValueError(f"{source}: the file {name!r} of {object_id!r} is outside this folder")
+        if exists:
+            return source / name
+    raise ValueError(f"{source}: no mesh file for {object_id!r} (looked for {path or ', '.join(MESH_SUFFIXES)})")
+
+
+def listed_paths(store: Store) -> dict[str, str]:
+    """Mesh file by object id, relative to the assets' folder, of the objects whose index has a column ``path``."""
+    if not (store.root / "objects.csv").is_file():
+        return {}
+    return {row["id"]: row["path"] for row in store.objects() if row.get("path")}
 
 
 def write_objects(store: Store, rows: list[dict[str, str]]) -> None:
@@ -87,25 +105,27 @@ def render_objects(
     """
     MeshRenderer().release()  # say once what is missing, not once an object
     arguments = settings.model_dump()
-    return run_stage(store, "render", ids, _render, arguments, Workers(workers, _start, (str(source), arguments)))
+    start = (str(source), arguments, listed_paths(store))
+    return run_stage(store, "render", ids, _render, arguments, Workers(workers, _start, start))
 
 
 def voxelize_objects(source: Path, store: Store, ids: list[str], grid_size: int, workers: int) -> dict[str, str]:
     """Surface voxels of every object, in ``workers`` processes; returns the failures."""
     settings = {"grid_size": grid_size}
-    return run_stage(store, "voxels", ids, _voxelize, settings, Workers(workers, _start, (str(source), settings)))
+    start = (str(source), settings, listed_paths(store))
+    return run_stage(store, "voxels", ids, _voxelize, settings, Workers(workers, _start, start))
 
 
-_worker: dict[str, Any] = {}  # of a worker process: the assets' folder, settings and the OpenGL context
+_worker: dict[str, Any] = {}  # of a worker process: the assets' folder and files, settings and the OpenGL context
 
 
-def _start(source: str, settings: dict[str, Any]) -> None:
+def _start(source: str, settings: dict[str, Any], paths: dict[str, str]) -> None:
     _worker.clear()
-    _worker.update(source=Path(source), settings=settings)
+    _worker.update(source=Path(source), settings=settings, paths=paths)
 
 
 def _voxelize(object_id: str) -> dict[str, np.ndarray]:
-    mesh = load_mesh(asset_path(_worker["source"], object_id))
+    mesh = load_mesh(asset_path(_worker["source"], object_id, _worker["paths"].get(object_id)))
     return {"coords": voxelize(mesh, _worker["settings"]["grid_size"]).astype(np.uint8)}
 
 
@@ -114,7 +134,7 @@ def _render(object_id: str) -> dict[str, np.ndarray]:
     if "renderer" not in _worker:
         _worker["renderer"] = MeshRenderer()
     renderer: MeshRenderer = _worker["renderer"]
-    mesh = load_mesh(asset_path(_worker["source"], object_id))
+    mesh = load_mesh(asset_path(_worker["source"], object_id, _worker["paths"].get(object_id)))
     rng = np.random.default_rng([settings.seed, crc32(object_id.encode())])
     spread = sphere_views(settings.num_views, settings.size, rng)
     extra = random_views(settings.num_extra_views, settings.size, rng)
