@@ -1,11 +1,13 @@
 """`diff2to3 data pack`: shards that WebDataset and plain Python read, made once, whole or not there."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +195,12 @@ def test_mistakes_are_input_errors(store, tmp_path, arguments, message):
     assert isinstance(result.exception, InputError), result.output
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_arithmetic_of_the_paper_scale_plan():
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    lines = re.findall(r"`([^`\n]+) = ([\d.]+)`", page)
+    assert len(lines) > 30
+    for expression, result in lines:
+        assert re.fullmatch(r"[\d.e+*/() -]+", expression), expression
+        assert eval(expression) == pytest.approx(float(result), rel=0.01), expression
