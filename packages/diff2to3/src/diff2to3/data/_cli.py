@@ -123,7 +123,7 @@ def render(
         rows, store = _rows(source, index, splits, limit), Store(out)
         write_objects(store, rows)
         try:
-            failures = render_objects(source, store, [row["id"] for row in rows], settings, processes)
+            failures = render_objects(source.resolve(), store, [row["id"] for row in rows], settings, processes)
         except RuntimeError as error:
             raise InputError(str(error)) from error
     _report("render", len(rows), failures)
@@ -151,7 +151,7 @@ def voxelize(
     with _processes(engine, workers) as processes:
         rows, store = _rows(source, index, splits, limit), Store(out)
         write_objects(store, rows)
-        failures = voxelize_objects(source, store, [row["id"] for row in rows], grid_size, processes)
+        failures = voxelize_objects(source.resolve(), store, [row["id"] for row in rows], grid_size, processes)
     _report("voxels", len(rows), failures)
 
 
