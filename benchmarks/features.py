@@ -1,4 +1,4 @@
-"""Time and memory of start-up, the feature extractors and lifting.
+"""Time and memory of start-up, the feature extractors, encoding in tiles, and lifting.
 
 python benchmarks/features.py [--threads N] [--device cpu|cuda]
 """
@@ -49,12 +49,65 @@ def start_up() -> None:
 def extractors(device: str) -> None:
     print("\n| extractor | pictures | ms a picture |\n|---|---|---|")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for preset, size in (("tiny", 256), ("small", 512), ("taef2", 512), ("paper", 512)):
+    for preset, size in (("tiny", 256), ("small", 512), ("taef2", 512), ("paper", 512), ("flux2", 512)):
         model = FluxFeatures(FluxFeaturesConfig.preset(preset)).eval().to(device, dtype)
         count = 8 if device == "cuda" else 1
         images = torch.rand(count, 3, size, size, device=device, dtype=dtype)
         seconds = best(lambda model=model, images=images: model(images))
         print(f"| {preset} | {count} x {size}^2, {dtype} | {1000 * seconds / count:.1f} |")
+
+
+@torch.inference_mode()
+def against_diffusers(device: str) -> None:
+    """FLUX.1's encoder with random weights through FluxFeatures and through diffusers alone, in turns."""
+    dtype, size, count = (torch.bfloat16, 512, 8) if device == "cuda" else (torch.float32, 256, 1)
+    model = FluxFeatures(FluxFeaturesConfig.preset("paper")).eval().to(device, dtype)
+    images = torch.rand(count, 3, size, size, device=device, dtype=dtype)
+    autoencoder, scaled = model.autoencoder, images * 2 - 1
+    ours, theirs = [], []
+    for _ in range(3):
+        ours.append(best(lambda: model(images)))
+        theirs.append(best(lambda: autoencoder.encode(scaled).latent_dist.mode()))
+    a, b = min(ours), min(theirs)
+    print(f"\n| FLUX.1's encoder, {count} x {size}^2, {dtype} | ms |\n|---|---|")
+    print(f"| diffusers alone | {1000 * b:.1f} |\n| FluxFeatures | {1000 * a:.1f} ({100 * (a / b - 1):+.1f} %) |")
+
+
+# A process of its own for each row: peaks of memory are of a process. The picture is encoded once.
+TILING = """
+import resource, sys, time, torch
+from flux_features import FluxFeatures, FluxFeaturesConfig
+preset, size, tile, device = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None, sys.argv[4]
+torch.set_num_threads(int(sys.argv[5]))
+dtype = torch.bfloat16 if device == "cuda" else torch.float32
+model = FluxFeatures(FluxFeaturesConfig.preset(preset)).eval().to(device, dtype)
+image = torch.rand(1, 3, size, size, device=device, dtype=dtype)
+with torch.inference_mode():
+    model(image[..., :64, :64], tile=tile and 32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start = time.perf_counter()
+    model(image, tile=tile)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before, peak = torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
+    seconds = time.perf_counter() - start
+    if device == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(f"| {preset} | {size}^2 | {tile or 'whole'} | {seconds:.1f} | {peak - before:.0f} |")
+"""
+
+
+def tiling(device: str, threads: int) -> None:
+    """Seconds and memory of one large picture, whole and in tiles."""
+    print("\n| extractor | picture | tile | seconds | peak above weights and picture, MB |\n|---|---|---|---|---|")
+    large, small = (4096, 2048) if device == "cuda" else (2048, 512)
+    for preset, size, tile in (("tiny", large, 512), ("taef2", small, small // 4), ("paper", small, small // 4)):
+        for side in (0, tile):
+            options = (preset, size, side, device, threads)
+            done = subprocess.run(
+                [sys.executable, "-c", TILING, *map(str, options)], check=True, capture_output=True, text=True
+            )
+            print(done.stdout.strip(), flush=True)
 
 
 @torch.inference_mode()
@@ -97,6 +150,8 @@ def main() -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, {chip}\n")
     lifting(arguments.device)
     extractors(arguments.device)
+    against_diffusers(arguments.device)
+    tiling(arguments.device, arguments.threads)
     start_up()
 
 

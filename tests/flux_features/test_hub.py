@@ -110,10 +110,16 @@ def test_dino_is_announced_too(hub, monkeypatch, caplog):
         DinoFeatures(DinoFeaturesConfig(source="owner/dino"))
 
 
-@pytest.mark.parametrize(("answer", "agreed"), [("y", True), ("", False), ("no", False)])
+@pytest.mark.parametrize(("answer", "agreed"), [("y", True), ("", False), ("no", False), (None, False)])
 def test_command_asks_on_a_terminal(hub, monkeypatch, capsys, answer, agreed):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("builtins.input", lambda prompt: answer)
+
+    def reply(prompt):
+        if answer is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("builtins.input", reply)
     assert main(["download", DEV]) == (0 if agreed else 2)
     assert bool(hub.downloaded) == agreed
     printed = capsys.readouterr()

@@ -45,10 +45,18 @@ def _download(repository: str, preset: str | None, revision: str | None, accepte
                 f"{repository}: not downloaded, its owner asks for consent to the licence ({terms.licence}): "
                 f"read and accept it at https://huggingface.co/{repository}, then pass --accept-licence"
             )
-        if input("Do you agree to this licence? [y/N] ").strip().lower() not in ("y", "yes"):
+        if _ask("Do you agree to this licence? [y/N] ") not in ("y", "yes"):
             raise PermissionError(f"{repository}: nothing was downloaded, the licence was not agreed to")
     for path in hub_files(repository, names, revision, accept_licence=True):
         print(path)
+
+
+def _ask(question: str) -> str:
+    try:
+        return input(question).strip().lower()
+    except EOFError:  # Ctrl-D: no answer
+        print()
+        return ""
 
 
 if __name__ == "__main__":
