@@ -28,7 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @click.group()
 def data() -> None:
-    """Prepare a data set: render, voxelize, features, latents, pack (each resumable), or synthesize assets."""
+    """Prepare a data set: index, render, voxelize, features, latents, pack (each resumable), or synthesize assets."""
 
 
 def _report(stage: str, count: int, failures: dict[str, str]) -> None:
@@ -56,7 +56,7 @@ def _over_assets(function: F) -> F:
         click.option(
             "--index",
             type=click.Path(path_type=Path, exists=True, dir_okay=False),
-            help="CSV with columns id, split; default SOURCE/index.csv, and without it every mesh file.",
+            help="CSV with columns id, split (and path); default SOURCE/index.csv, and without it every mesh file.",
         ),
     ):
         function = option(function)
@@ -209,6 +209,34 @@ def latents(out: Path, vae: Path, device: str | None, shard: str) -> None:
     mean, std = latent_statistics(store, [i for i in done if i in train] or done)
     config = read_config(vae, SparseVAEConfig).model_copy(update={"latent_mean": tuple(mean), "latent_std": tuple(std)})
     write_atomically(vae / "config.json", config.model_dump_json(indent=1).encode())
+
+
+@data.command()
+@click.argument("name", type=click.Choice(["abo", "hssd", "3d-future", "objaverse-xl", "toys4k"]))
+@click.argument("folder", metavar="DIR", type=_ASSETS)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Default: DIR/index.csv.")
+@click.option("--texture-quality", is_flag=True, help="Leave out assets with low-quality textures; loads every asset.")
+@click.option("--workers", type=_POSITIVE, show_default="all cores", help="Processes, for --texture-quality.")
+def index(name: str, folder: Path, output: Path | None, texture_quality: bool, workers: int | None) -> None:
+    """Index a known data set that was downloaded to DIR: id, split, licence and path of every asset."""
+    from diff2to3.data._datasets import good_texture, index_dataset, measure_textures, write_index
+    from diff2to3.data._store import Store
+
+    output = output or folder / "index.csv"
+    rows = index_dataset(name, folder)
+    summary = f"index: {len(rows)} assets found"
+    if texture_quality:
+        store = Store(output.with_name(f"{output.stem}-measured"))  # resumable: an asset is measured once
+        measured, failures = measure_textures(folder, store, rows, workers or os.cpu_count() or 1)
+        rows = [row for row in measured if good_texture(row)]
+        for object_id, reason in failures.items():
+            click.echo(f"index: {object_id}: {reason}", err=True)
+        summary += f", {len(rows)} kept, {len(measured) - len(rows)} with low-quality textures"
+        summary += f", {len(failures)} unreadable"
+    if not rows:
+        raise InputError(f"{summary}; {output} is not written")
+    write_index(output, rows)
+    click.echo(f"{summary}; {output}")
 
 
 @data.command()

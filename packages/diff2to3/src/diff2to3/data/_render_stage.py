@@ -89,7 +89,7 @@ def write_objects(store: Store, rows: list[dict[str, str]]) -> None:
     if (store.root / "objects.csv").is_file():
         rows = list(({row["id"]: row for row in store.objects()} | {row["id"]: row for row in rows}).values())
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), extrasaction="ignore")
+    writer = csv.DictWriter(buffer, fieldnames=list(dict.fromkeys(column for row in rows for column in row)))
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(store.root / "objects.csv", buffer.getvalue().encode())
