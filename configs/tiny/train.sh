@@ -69,5 +69,6 @@ run data latents "$data" --vae "$out/vae/model"  # all are there: measures their
 say latents
 stage "$first" flow "$(left 0.7)" "${features[@]}" --set parts.vae="$out/vae/model"
 wait $structure_flow
-run train assemble "$out" "$out/pipeline"
+# Both chosen on validation objects.
+run train assemble "$out" "$out/pipeline" --threshold -3 --structure-guidance 2 --guidance 1
 say done
