@@ -60,7 +60,7 @@ def test_every_stage_reports_what_it_did(dataset):
     _, store, outputs, _ = dataset
     for stage in ("render", "voxels"):
         assert f"{stage}: 3 objects done, 1 failed" in outputs[stage].output
-        assert "broken.glb: not a readable mesh" in outputs[stage].output
+        assert "broken.glb: its header announces" in outputs[stage].output
         manifest = json.loads((store.root / stage / "manifest.json").read_text())
         assert manifest["objects"] == 3
         assert "not a readable mesh" in manifest["failures"]["broken"]

@@ -13,13 +13,22 @@ import time
 from collections import Counter
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from diff2to3._cli import cli
 from diff2to3._errors import InputError
 from diff2to3.data import _engine_ray
 from diff2to3.data._run import Workers, run_stage, using_engine
-from diff2to3.data._store import Store
+from diff2to3.data._store import Store, encode_pngs
+from diff2to3.data._views import sphere_views
+from diff2to3.train._checkpoint import save_model
+from flux_features import FluxFeatures, FluxFeaturesConfig
+from sparse_vae import GaussianConfig, SparseVAE, SparseVAEConfig
+
+TINY_VAE = {"grid_size": 16, "width": 32, "num_blocks": 1, "num_heads": 2, "window_size": 4}
+TINY_VAE |= {"gaussians": GaussianConfig(num_gaussians=2)}
 
 WORK = """
 import os, signal, time
@@ -127,18 +136,46 @@ def test_faults_of_the_program_come_back_as_they_are(tmp_path, ray_work):
     assert any("in work" in note for note in caught.value.__notes__)
 
 
-def test_real_stage_on_the_cluster(tmp_path, ray_work):
+def test_stages_make_the_same_files_on_the_cluster(tmp_path, ray_work):
+    """From assets to latents, but for the pictures."""
     trimesh = pytest.importorskip("trimesh")
-    for number in range(3):
-        trimesh.creation.icosphere(1, radius=1 + number).export(tmp_path / f"o{number}.glb")
+    (tmp_path / "assets").mkdir()
+    for number in range(2):
+        trimesh.creation.icosphere(1, radius=1 + number).export(tmp_path / "assets" / f"o{number}.glb")
+    extractor, vae = FluxFeaturesConfig(image_size=64), SparseVAEConfig.preset("tiny").model_copy(update=TINY_VAE)
+    save_model(tmp_path / "extractor", extractor, FluxFeatures(extractor).state_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = {name: v + 0.05 * torch.randn_like(v) for name, v in SparseVAE(vae).state_dict().items()}
+    save_model(tmp_path / "vae", vae, weights)  # no layer stays zero
     outputs = []
     for engine in ("ray", "local"):
-        arguments = ["data", "voxelize", str(tmp_path), str(tmp_path / engine), "--engine", engine, "--workers", "1"]
-        result = CliRunner().invoke(cli, arguments)
-        assert result.exit_code == 0, result.output
-        outputs.append({f.name: f.read_bytes() for f in (tmp_path / engine / "voxels").glob("*.safetensors")})
+        out, spread = tmp_path / engine, ["--engine", engine, "--workers", "1"]
+        invoke("voxelize", tmp_path / "assets", out, *spread, "--grid-size", 16)
+        run_stage(Store(out), "render", ["o0", "o1"], lambda object_id: pictures(), {})
+        invoke("features", out, "--extractor", tmp_path / "extractor", "--views", 2, "--grid-size", 16, *spread)
+        invoke("latents", out, "--vae", tmp_path / "vae", *spread)
+        outputs.append({str(f.relative_to(out)): f.read_bytes() for f in out.glob("*/*.safetensors")})
     assert outputs[0] == outputs[1]
-    assert len(outputs[0]) == 3
+    assert len(outputs[0]) == 8
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(cli, ["data", *map(str, arguments)])
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+
+
+def pictures():
+    """Stage ``render`` of a noise cube seen twice."""
+    views = sphere_views(2, 64, np.random.default_rng(0))
+    png, bounds = encode_pngs(np.random.default_rng(1).integers(0, 256, (2, 64, 64, 4), np.uint8))
+    return {
+        "view_png": png,
+        "view_bounds": bounds,
+        "view_pose": views.world_to_camera,
+        "view_intrinsics": views.intrinsics,
+        "view_depth": np.full((2, 16, 16), 2, np.float16),
+    }
 
 
 def test_ray_missing_is_said_in_one_line(monkeypatch, tmp_path):

@@ -53,7 +53,7 @@ def test_training_lowers_the_loss(micro_config):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
-def test_muon_updates_the_matrices_inside_the_blocks_and_adamw_the_rest(micro_config):
+def test_muon_updates_the_matrices_inside_the_blocks_and_adamw_the_rest(micro_config, monkeypatch):
     config = micro_config("vae", optimizer="muon")
     model = build_stage("vae", config).model
     muon, adamw = make_optimizers(model, config, fused=False)
@@ -63,6 +63,9 @@ def test_muon_updates_the_matrices_inside_the_blocks_and_adamw_the_rest(micro_co
     linear = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     assert set(hidden) == {name for name in linear if ".blocks." in name} != linear
     assert len(make_optimizers(model, micro_config("vae"), fused=False)) == 1
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(InputError, match=r"needs torch 2\.9 or newer"):
+        make_optimizers(model, config, fused=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(micro_config):

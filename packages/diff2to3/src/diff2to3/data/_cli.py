@@ -18,11 +18,20 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import nn
 
+    from diff2to3.data._feature_stage import Encoding, FeatureSettings, Lifting
+    from diff2to3.data._run import Workers
     from diff2to3.data._store import Store
 
 _ASSETS = click.Path(path_type=Path, exists=True, file_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _POSITIVE = click.IntRange(min=1)
+_ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where the work is done: on this machine, or on a Ray cluster (extra `scale`).",
+)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -44,13 +53,7 @@ def _over_assets(function: F) -> F:
     """Options of the stages that read assets."""
     for option in (
         click.option("--workers", type=_POSITIVE, show_default="all cores", help="Processes."),
-        click.option(
-            "--engine",
-            type=click.Choice(["local", "ray"]),
-            default="local",
-            show_default=True,
-            help="Where the processes run: this machine, or a Ray cluster (extra `scale`).",
-        ),
+        _ENGINE,
         click.option("--limit", type=_POSITIVE, help="Only the first N objects of each split."),
         click.option("--split", "splits", multiple=True, help="Only these splits (repeatable); default all."),
         click.option(
@@ -164,6 +167,8 @@ def voxelize(
 @click.option("--grid-size", type=_POSITIVE, default=32, show_default=True, help="As given to voxelize.")
 @click.option("--device", default=None, help="Default: CUDA if there is one.")
 @click.option("--shard", default="0/1", show_default=True, help="I/N: this process's share of the objects.")
+@click.option("--workers", type=_POSITIVE, show_default="all GPUs", help="Processes of engine ray; local has one.")
+@_ENGINE
 def features(
     out: Path,
     extractor: Path,
@@ -173,16 +178,18 @@ def features(
     grid_size: int,
     device: str | None,
     shard: str,
+    workers: int | None,
+    engine: str,
 ) -> None:
     """Lift picture features onto voxels, for every object of the data set OUT."""
-    from flux_features import FluxFeatures, FluxFeaturesConfig
-
     from diff2to3.data._feature_stage import FeatureSettings, lift_objects
 
     store, ids = _shard(out, "voxels", shard)
-    model, digest = _load(FluxFeatures, FluxFeaturesConfig, extractor, device)
     settings = FeatureSettings(num_views=views, num_variants=variants, visibility=visibility)
-    _report("features", len(ids), lift_objects(model, store, ids, settings, digest, grid_size))
+    model = _model_work(engine, workers, _load_lifting, extractor, device, store, settings, grid_size)
+    with model as (work, digest, processes):
+        failures = lift_objects(work, store, ids, settings, digest, grid_size, processes)
+    _report("features", len(ids), failures)
 
 
 @data.command()
@@ -192,17 +199,19 @@ def features(
 )
 @click.option("--device", default=None, help="Default: CUDA if there is one.")
 @click.option("--shard", default="0/1", show_default=True, help="I/N: this process's share of the objects.")
-def latents(out: Path, vae: Path, device: str | None, shard: str) -> None:
+@click.option("--workers", type=_POSITIVE, show_default="all GPUs", help="Processes of engine ray; local has one.")
+@_ENGINE
+def latents(out: Path, vae: Path, device: str | None, shard: str, workers: int | None, engine: str) -> None:
     """Encode features into 2to3-VAE latents; stores their mean and deviation (of split train) in the VAE's config."""
-    from sparse_vae import SparseVAE, SparseVAEConfig
+    from sparse_vae import SparseVAEConfig
 
     from diff2to3.data._feature_stage import encode_objects, latent_statistics
     from diff2to3.data._store import write_atomically
     from diff2to3.train._checkpoint import read_config
 
     store, ids = _shard(out, "features", shard)
-    model, digest = _load(SparseVAE, SparseVAEConfig, vae, device)
-    failures = encode_objects(model, store, ids, digest)
+    with _model_work(engine, workers, _load_encoding, vae, device, store) as (work, digest, processes):
+        failures = encode_objects(work, store, ids, digest, processes)
     _report("latents", len(ids), failures)
     done = [i for i in ids if i not in failures]
     train = {row["id"] for row in store.objects("train")}
@@ -288,7 +297,7 @@ def _shard(out: Path, needs: str, shard: str) -> tuple[Store, list[str]]:
             raise ValueError
     except ValueError:
         raise InputError(f"--shard {shard}: expected I/N with 0 <= I < N, for example 0/2") from None
-    store = Store(out)
+    store = Store(out.resolve())  # workers on other machines start in another folder
     ids = [row["id"] for row in store.objects() if store.path(needs, row["id"]).is_file()]
     if not ids:
         raise InputError(f"{out}: no object has the stage {needs!r} yet; run `diff2to3 data` for it first")
@@ -311,3 +320,42 @@ def _load(
         raise InputError(f"{folder}: {error}") from error
     digest = str(state_sha256(model))
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), digest
+
+
+def _load_lifting(
+    extractor: Path, device: str | None, store: Store, settings: FeatureSettings, grid_size: int
+) -> tuple[Lifting, str]:
+    """The work of stage ``features``, and the hash of its weights."""
+    from flux_features import FluxFeatures, FluxFeaturesConfig
+
+    from diff2to3.data._feature_stage import Lifting
+
+    model, digest = _load(FluxFeatures, FluxFeaturesConfig, extractor, device)
+    return Lifting(model, store, settings, grid_size), digest
+
+
+def _load_encoding(vae: Path, device: str | None, store: Store) -> tuple[Encoding, str]:
+    """The work of stage ``latents``, and the hash of its weights."""
+    from sparse_vae import SparseVAE, SparseVAEConfig
+
+    from diff2to3.data._feature_stage import Encoding
+
+    model, digest = _load(SparseVAE, SparseVAEConfig, vae, device)
+    return Encoding(model, store), digest
+
+
+@contextmanager
+def _model_work(
+    engine: str, workers: int | None, load: Callable[..., tuple[Any, str]], folder: Path, device: str | None, *rest: Any
+) -> Iterator[tuple[Any, str, Workers | None]]:
+    """The work of a stage that needs a model, the hash of its weights, and the workers that load it themselves."""
+    from diff2to3.data._feature_stage import model_work, start_model_work
+    from diff2to3.data._run import Workers
+
+    with _processes(engine, workers) as processes:
+        work, digest = load(folder, "cpu" if engine == "ray" else device, *rest)
+        if engine == "ray":
+            arguments = (load, folder.resolve(), device, *rest)
+            yield model_work, digest, Workers(processes, start_model_work, arguments, on_gpu=True)
+        else:
+            yield work, digest, None

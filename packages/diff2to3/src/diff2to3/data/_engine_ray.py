@@ -60,7 +60,8 @@ def _portable(error: Exception) -> Exception:
 
 
 def on_ray(work: Callable[[str], Tensors], todo: list[str], workers: Workers) -> Iterator[tuple[str, Outcome]]:
-    """Outcomes as they come, from ``workers.count`` processes of the cluster, at most one a CPU.
+    """Outcomes as they come, from ``workers.count`` processes of the cluster, at most one a CPU, or
+    one a GPU for work that needs one.
 
     Uses the cluster that this process is connected to, else the one that runs on this machine (``ray start``), else it
     starts one here. A worker has one object under way; when it dies, another takes its place and the object is tried
@@ -77,20 +78,22 @@ def on_ray(work: Callable[[str], Tensors], todo: list[str], workers: Workers) ->
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0)) if workers.on_gpu else 0
+    count = max(1, min(workers.count, len(todo), gpus or int(resources.get("CPU", 1))))
     try:
-        yield from _on_cluster(work, todo, workers, max(1, min(workers.count, len(todo), cpus)))
+        yield from _on_cluster(work, todo, workers, count, ray.remote(num_cpus=1, num_gpus=min(gpus, 1)))
     finally:
         if started_here:
             ray.shutdown()
 
 
 def _on_cluster(
-    work: Callable[[str], Tensors], todo: list[str], workers: Workers, count: int
+    work: Callable[[str], Tensors], todo: list[str], workers: Workers, count: int, remote: Callable[[type], Any]
 ) -> Iterator[tuple[str, Outcome]]:
     import ray
 
-    worker_class = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
+    worker_class = remote(_Worker)
     pickled = ray.put(pickle.dumps((work, workers)))
     waiting, attempts = deque(todo), Counter[str]()
     running: dict[Any, tuple[str, Any]] = {}  # future -> object, worker

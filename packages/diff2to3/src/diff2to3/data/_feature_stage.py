@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diff2to3._errors import InputError
 from diff2to3.data._augment import hue_matrix, mirror_cameras, mirror_coords, shift_hue, yaw_coords
-from diff2to3.data._run import run_stage
+from diff2to3.data._run import Workers, run_stage
 from diff2to3.data._store import Store, decode_png
 
 
@@ -34,27 +34,26 @@ class FeatureSettings(BaseModel):
     seed: int = 0
 
 
-@torch.inference_mode()
-def lift_objects(
-    extractor: FluxFeatures, store: Store, ids: list[str], settings: FeatureSettings, fingerprint: str, grid_size: int
-) -> dict[str, str]:
-    """Writes ``features`` fp16 [K, L, C], ``hue`` degrees [K] and ``mirrored`` [K] an object; returns the failures.
+class Lifting:
+    """The work of stage ``features``: tensors of an object from its pictures and voxels."""
 
-    Args:
-        fingerprint: hash of the extractor's weights; part of the stage's settings.
-    """
-    device = next(extractor.parameters()).device
-    half = device.type == "cuda"
+    def __init__(self, extractor: FluxFeatures, store: Store, settings: FeatureSettings, grid_size: int) -> None:
+        self.extractor, self.store, self.settings, self.grid_size = extractor, store, settings, grid_size
+        self.decoder = ThreadPoolExecutor()
 
-    def work(object_id: str) -> Mapping[str, np.ndarray]:
-        rendered = store.read("render", object_id)
+    @torch.inference_mode()
+    def __call__(self, object_id: str) -> Mapping[str, np.ndarray]:
+        """``features`` fp16 [K, L, C], ``hue`` degrees [K] and ``mirrored`` [K]."""
+        settings, grid_size = self.settings, self.grid_size
+        device = next(self.extractor.parameters()).device
+        rendered = self.store.read("render", object_id)
         if len(rendered["view_pose"]) < settings.num_views:
             raise ValueError(f"{len(rendered['view_pose'])} views were rendered, expected {settings.num_views}")
-        if not store.finished("voxels", {"grid_size": grid_size}, [object_id]):
+        if not self.store.finished("voxels", {"grid_size": grid_size}, [object_id]):
             raise ValueError(f"its voxels are missing or not of grid size {grid_size}; run `diff2to3 data voxelize`")
-        coords = torch.from_numpy(store.read("voxels", object_id)["coords"].astype(np.int64)).to(device)
+        coords = torch.from_numpy(self.store.read("voxels", object_id)["coords"].astype(np.int64)).to(device)
         png, bounds = rendered["view_png"], rendered["view_bounds"]
-        views = list(decoder.map(lambda v: decode_png(png, bounds, v), range(settings.num_views)))
+        views = list(self.decoder.map(lambda v: decode_png(png, bounds, v), range(settings.num_views)))
         rgba = torch.from_numpy(np.stack(views)).to(device).permute(0, 3, 1, 2).float() / 255
         pose = torch.from_numpy(rendered["view_pose"][: settings.num_views]).to(device)
         intrinsics = torch.from_numpy(rendered["view_intrinsics"][: settings.num_views]).to(device)
@@ -68,22 +67,43 @@ def lift_objects(
             if mirror:
                 images, surface = images.flip(-1), depth.flip(-1)
                 points, cameras = mirror_coords(coords, grid_size), Camera(mirror_cameras(pose), intrinsics, size, size)
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                maps = extractor(images)
-            lifted.append(
-                lift_features(
-                    maps.float(), cameras, voxel_centres(points, grid_size), settings.visibility, depth=surface
-                )
-            )
-        return {
-            "features": torch.stack(lifted).half().cpu().numpy(),
-            "hue": hues,
-            "mirrored": mirrored,
-        }
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                maps = self.extractor(images)
+            centres = voxel_centres(points, grid_size)
+            lifted.append(lift_features(maps.float(), cameras, centres, settings.visibility, depth=surface))
+        return {"features": torch.stack(lifted).half().cpu().numpy(), "hue": hues, "mirrored": mirrored}
 
+
+def lift_objects(
+    work: Callable[[str], Mapping[str, np.ndarray]],
+    store: Store,
+    ids: list[str],
+    settings: FeatureSettings,
+    fingerprint: str,
+    grid_size: int,
+    workers: Workers | None = None,
+) -> dict[str, str]:
+    """Writes the features of every object; returns the failures.
+
+    Args:
+        work: a :class:`Lifting`, or :func:`model_work` for workers that start with one.
+        fingerprint: hash of the extractor's weights; part of the stage's settings.
+    """
     stage = settings.model_dump() | {"extractor": fingerprint, "grid_size": grid_size}
-    with ThreadPoolExecutor() as decoder:
-        return run_stage(store, "features", ids, work, stage)
+    return run_stage(store, "features", ids, work, stage, workers)
+
+
+_worker: dict[str, Any] = {}  # of a worker process: the work of its stage, with the model
+
+
+def start_model_work(load: Callable[..., tuple[Any, str]], *arguments: Any) -> None:
+    """What a worker process of a model's stage begins with; ``load`` gives the work and the hash of its weights."""
+    _worker["work"], _ = load(*arguments)
+
+
+def model_work(object_id: str) -> Mapping[str, np.ndarray]:
+    """The work that :func:`start_model_work` made, in a worker process."""
+    return _worker["work"](object_id)
 
 
 def variants(object_id: str, settings: FeatureSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -103,15 +123,18 @@ def variant_coords(coords: Tensor, mirrored: bool, quarter_turns: int, grid_size
     return yaw_coords(coords, quarter_turns, grid_size)
 
 
-@torch.inference_mode()
-def encode_objects(vae: SparseVAE, store: Store, ids: list[str], fingerprint: str) -> dict[str, str]:
-    """Writes ``latents`` fp16 [K, 4, L, C] an object: mean latents of every variant at every quarter turn."""
-    device = next(vae.parameters()).device
-    grid_size = vae.config.grid_size
+class Encoding:
+    """The work of stage ``latents``: mean latents of every variant of an object at every quarter turn."""
 
-    def work(object_id: str) -> Mapping[str, np.ndarray]:
-        coords = torch.from_numpy(store.read("voxels", object_id)["coords"].astype(np.int64))
-        stored = store.read("features", object_id)
+    def __init__(self, vae: SparseVAE, store: Store) -> None:
+        self.vae, self.store = vae, store
+
+    @torch.inference_mode()
+    def __call__(self, object_id: str) -> Mapping[str, np.ndarray]:
+        """``latents`` fp16 [K, 4, L, C]."""
+        device, grid_size = next(self.vae.parameters()).device, self.vae.config.grid_size
+        coords = torch.from_numpy(self.store.read("voxels", object_id)["coords"].astype(np.int64))
+        stored = self.store.read("features", object_id)
         features = torch.from_numpy(stored["features"])
         placed = [
             variant_coords(coords, bool(mirror), turn, grid_size) for mirror in stored["mirrored"] for turn in range(4)
@@ -119,12 +142,25 @@ def encode_objects(vae: SparseVAE, store: Store, ids: list[str], fingerprint: st
         topology, order = Topology.from_coords([p.to(device) for p in placed], grid_size)
         rows = features.repeat_interleave(4, dim=0).flatten(0, 1).to(device).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            mean, _ = vae.encoder(SparseTensor(rows[order], topology))
+            mean, _ = self.vae.encoder(SparseTensor(rows[order], topology))
         latents = torch.empty_like(mean.features, dtype=torch.float16)
         latents[order] = mean.features.half()
         return {"latents": latents.view(len(features), 4, len(coords), -1).cpu().numpy()}
 
-    return run_stage(store, "latents", ids, work, {"vae": fingerprint})
+
+def encode_objects(
+    work: Callable[[str], Mapping[str, np.ndarray]],
+    store: Store,
+    ids: list[str],
+    fingerprint: str,
+    workers: Workers | None = None,
+) -> dict[str, str]:
+    """Writes the latents of every object; returns the failures.
+
+    Args:
+        work: an :class:`Encoding`, or :func:`model_work` for workers that start with one.
+    """
+    return run_stage(store, "latents", ids, work, {"vae": fingerprint}, workers)
 
 
 def latent_statistics(store: Store, ids: list[str]) -> tuple[list[float], list[float]]:

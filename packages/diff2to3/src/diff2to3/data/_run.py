@@ -28,11 +28,15 @@ Outcome = Callable[[], Tensors]  # the tensors of an object, or the exception th
 
 @dataclass(frozen=True)
 class Workers:
-    """``count`` processes (0: work in this one); each calls ``initializer(*initargs)`` once."""
+    """``count`` processes (0: work in this one); each calls ``initializer(*initargs)`` once.
+
+    On a cluster that has GPUs, each has one for itself if the work is ``on_gpu``.
+    """
 
     count: int = 0
     initializer: Callable[..., None] | None = None
     initargs: tuple[Any, ...] = ()
+    on_gpu: bool = False
 
 
 Engine = Callable[[Callable[[str], Tensors], list[str], Workers], Iterator[tuple[str, Outcome]]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diff2to3._errors import InputError
 from diff2to3.train._config import TrainConfig
 
 
@@ -15,6 +16,9 @@ def make_optimizers(model: nn.Module, config: TrainConfig, fused: bool) -> list[
 
     Args:
         fused: AdamW as one kernel, on CUDA.
+
+    Raises:
+        InputError: this torch has no Muon.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
     matrices = {id(p) for p in hidden_matrices(model)} if config.optimizer == "muon" else set()
@@ -23,6 +27,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig, fused: bool) -> list[
     rate, decay = config.learning_rate, config.weight_decay
     optimizers: list[torch.optim.Optimizer] = []
     if hidden:
+        if not hasattr(torch.optim, "Muon"):
+            raise InputError(f"optimizer: muon needs torch 2.9 or newer, this is {torch.__version__}; or take adamw")
         optimizers.append(torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     if others:
         optimizers.append(torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=fused))
