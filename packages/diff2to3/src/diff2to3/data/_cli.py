@@ -228,8 +228,8 @@ def latents(out: Path, vae: Path, device: str | None, shard: str, workers: int |
 @click.option("--workers", type=_POSITIVE, show_default="all cores", help="Processes, for --texture-quality.")
 def index(name: str, folder: Path, output: Path | None, texture_quality: bool, workers: int | None) -> None:
     """Index a known data set that was downloaded to DIR: id, split, licence and path of every asset."""
-    from diff2to3.data._datasets import good_texture, index_dataset, measure_textures, write_index
-    from diff2to3.data._store import Store
+    from diff2to3.data._datasets import good_texture, index_dataset, measure_textures
+    from diff2to3.data._store import Store, write_rows
 
     output = output or folder / "index.csv"
     rows = index_dataset(name, folder)
@@ -244,7 +244,7 @@ def index(name: str, folder: Path, output: Path | None, texture_quality: bool, w
         summary += f", {len(failures)} unreadable"
     if not rows:
         raise InputError(f"{summary}; {output} is not written")
-    write_index(output, rows)
+    write_rows(output, rows)
     click.echo(f"{summary}; {output}")
 
 

@@ -7,10 +7,8 @@ Layouts are those of the owners' archives and tools: ABO's ``abo-3dmodels.tar``,
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -24,7 +22,7 @@ from diff2to3._errors import InputError
 from diff2to3.data._mesh import MESH_SUFFIXES, Mesh, load_mesh
 from diff2to3.data._render_stage import asset_path
 from diff2to3.data._run import Workers, run_stage
-from diff2to3.data._store import Store, write_atomically
+from diff2to3.data._store import Store
 
 TOYS4K_SEED = 4000
 TOYS4K_COUNT = 1000  # the paper evaluates on 1,000 assets of Toys4k drawn at random; its list is not published
@@ -168,15 +166,6 @@ def _sketchfab_licences(folder: Path) -> dict[str, str]:
             if short:
                 licences[f"sketchfab/{uid}"] = f"CC-{short.upper()}-4.0" if short.startswith("by") else short
     return licences
-
-
-def write_index(path: Path, rows: list[dict[str, str]]) -> None:
-    """Writes the rows as CSV, whole or not at all."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, buffer.getvalue().encode())
 
 
 def texture_statistics(mesh: Mesh) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -13,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diff2to3._errors import InputError
 from diff2to3._image import object_crop
-from diff2to3.data._mesh import MESH_SUFFIXES, load_mesh
+from diff2to3.data._mesh import MESH_SUFFIXES, Mesh, load_mesh
 from diff2to3.data._rasterize import MeshRenderer
 from diff2to3.data._run import Workers, run_stage
-from diff2to3.data._store import Store, encode_pngs, write_atomically
+from diff2to3.data._store import Store, encode_pngs, write_rows
 from diff2to3.data._views import condition_views, random_views, sphere_views
 from diff2to3.data._voxelize import voxelize
 
@@ -88,11 +87,7 @@ def write_objects(store: Store, rows: list[dict[str, str]]) -> None:
     """Adds objects to ``objects.csv`` of the data set, or replaces their rows; a data set only grows."""
     if (store.root / "objects.csv").is_file():
         rows = list(({row["id"]: row for row in store.objects()} | {row["id"]: row for row in rows}).values())
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(dict.fromkeys(column for row in rows for column in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(store.root / "objects.csv", buffer.getvalue().encode())
+    write_rows(store.root / "objects.csv", rows)
 
 
 def render_objects(
@@ -124,9 +119,12 @@ def _start(source: str, settings: dict[str, Any], paths: dict[str, str]) -> None
     _worker.update(source=Path(source), settings=settings, paths=paths)
 
 
+def _load(object_id: str) -> Mesh:
+    return load_mesh(asset_path(_worker["source"], object_id, _worker["paths"].get(object_id)))
+
+
 def _voxelize(object_id: str) -> dict[str, np.ndarray]:
-    mesh = load_mesh(asset_path(_worker["source"], object_id, _worker["paths"].get(object_id)))
-    return {"coords": voxelize(mesh, _worker["settings"]["grid_size"]).astype(np.uint8)}
+    return {"coords": voxelize(_load(object_id), _worker["settings"]["grid_size"]).astype(np.uint8)}
 
 
 def _render(object_id: str) -> dict[str, np.ndarray]:
@@ -134,7 +132,7 @@ def _render(object_id: str) -> dict[str, np.ndarray]:
     if "renderer" not in _worker:
         _worker["renderer"] = MeshRenderer()
     renderer: MeshRenderer = _worker["renderer"]
-    mesh = load_mesh(asset_path(_worker["source"], object_id, _worker["paths"].get(object_id)))
+    mesh = _load(object_id)
     rng = np.random.default_rng([settings.seed, crc32(object_id.encode())])
     spread = sphere_views(settings.num_views, settings.size, rng)
     extra = random_views(settings.num_extra_views, settings.size, rng)

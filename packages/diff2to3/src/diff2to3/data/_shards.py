@@ -19,7 +19,7 @@ from typing import Any
 
 from diff2to3._errors import InputError
 from diff2to3._progress import track
-from diff2to3.data._store import Store, file_metadata, settings_hash, tool_versions, write_atomically
+from diff2to3.data._store import Store, file_metadata, settings_hash, tensors_hash, tool_versions, write_atomically
 
 STAGES = ("render", "voxels", "features", "latents")
 _BLOCK = tarfile.BLOCKSIZE
@@ -191,9 +191,8 @@ def _checked(path: Path) -> bytes:
         InputError: they are not those that the stage wrote.
     """
     payload = path.read_bytes()
-    start = 8 + int.from_bytes(payload[:8], "little")
     expected = file_metadata(path).get("sha256")
-    if expected and sha256(memoryview(payload)[start:]).hexdigest() != expected:
+    if expected and tensors_hash(payload) != expected:
         raise InputError(f"{path} is damaged: its tensors have another SHA-256; delete it and run its stage again")
     return payload
 

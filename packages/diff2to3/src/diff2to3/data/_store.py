@@ -95,8 +95,7 @@ class Store:
         from safetensors.numpy import save
 
         plain = memoryview(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
-        start = 8 + int.from_bytes(plain[:8], "little")
-        digest = sha256(plain[start:]).hexdigest()
+        start, digest = _tensors_start(plain), tensors_hash(plain)
         # safetensors writes several metadata in random order, so the header is put together here
         metadata = {"settings": settings_hash(settings), "sha256": digest}
         header = json.dumps({"__metadata__": metadata, **json.loads(bytes(plain[8:start]))}, separators=(",", ":"))
@@ -156,6 +155,24 @@ def tool_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def tensors_hash(payload: bytes | memoryview) -> str:
+    """SHA-256 of the tensors of a safetensors file, that is of every byte after its header."""
+    return sha256(memoryview(payload)[_tensors_start(payload) :]).hexdigest()
+
+
+def _tensors_start(payload: bytes | memoryview) -> int:
+    return 8 + int.from_bytes(payload[:8], "little")
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Writes rows as CSV, whole or not at all; a column that only some rows have is empty in the others."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(dict.fromkeys(column for row in rows for column in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, buffer.getvalue().encode())
 
 
 def write_atomically(path: Path, payload: bytes) -> None:

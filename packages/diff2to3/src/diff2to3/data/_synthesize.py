@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from diff2to3._progress import track
 from diff2to3.data._procedural._bake import bake
 from diff2to3.data._procedural._families import FAMILIES
 from diff2to3.data._procedural._surfaces import Builder
-from diff2to3.data._store import write_atomically
+from diff2to3.data._store import write_atomically, write_rows
 
 LICENCE = "CC0-1.0"
 _SPLITS = ("train",) * 8 + ("val", "test")
@@ -44,9 +42,5 @@ def synthesize(out: Path, count: int, seed: int) -> list[dict[str, str]]:
         }
         write_atomically(out / f"{row['id']}.glb", make_object(family, seed, number).export(file_type="glb"))
         rows.append(row)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "index.csv", buffer.getvalue().encode())
+    write_rows(out / "index.csv", rows)
     return rows
