@@ -16,6 +16,7 @@ from diff2to3.data._datasets import frozen_subset, good_texture, index_dataset, 
 from diff2to3.data._mesh import load_mesh
 from diff2to3.data._render_stage import asset_path, listed_paths, write_objects
 from diff2to3.data._store import Store
+from diff2to3.eval._generation import _input
 from PIL import Image
 
 HEX = [hashlib.sha1(str(i).encode()).hexdigest() for i in range(3)]
@@ -217,3 +218,16 @@ def test_a_column_of_a_later_index_is_kept(tmp_path):
     write_objects(store, [{"id": "a", "split": "train"}])
     write_objects(store, [{"id": "b", "split": "val", "path": "x/b.glb"}])
     assert listed_paths(store) == {"b": "x/b.glb"}
+
+
+def test_evaluation_finds_the_mesh_by_the_path_of_its_row(tmp_path, renderer):
+    root, out = tmp_path / "assets", tmp_path / "set"
+    textured(root / "models" / "first" / "raw.glb")
+    (root / "index.csv").write_text("id,split,path\na,val,models/first/raw.glb\n")
+    views = ["--size", "64", "--views", "1", "--extra-views", "0", "--condition-views", "1"]
+    for stage in (["voxelize", "--grid-size", "16"], ["render", *views]):
+        result = CliRunner().invoke(cli, ["data", stage[0], str(root), str(out), *stage[1:], "--workers", "1"])
+        assert result.exit_code == 0, result.output
+    (row,) = Store(out).objects("val")
+    item = _input(renderer, Store(out), root, row, 0)
+    assert (item["frame"][..., 3] > 127).mean() > 0.02

@@ -53,7 +53,7 @@ def evaluate_generation(
     """
     renderer, inputs = MeshRenderer(), []
     for number, row in enumerate(rows):
-        inputs.append(_input(renderer, store, source, row["id"], view if view is not None else number % 12))
+        inputs.append(_input(renderer, store, source, row, view if view is not None else number % 12))
     assets = []
     for start in track(range(0, len(inputs), _BATCH), "generation"):
         pictures = [Image.fromarray(item["frame"]) for item in inputs[start : start + _BATCH]]
@@ -100,12 +100,13 @@ def evaluate_generation(
     return scores
 
 
-def _input(renderer: MeshRenderer, store: Store, source: Path, object_id: str, view: int) -> dict[str, Any]:
+def _input(renderer: MeshRenderer, store: Store, source: Path, row: dict[str, str], view: int) -> dict[str, Any]:
+    object_id = row["id"]
     rendered = store.read("render", object_id)
     view %= len(rendered["condition_pose"])
     pose, intrinsics = rendered["condition_pose"][view], rendered["condition_intrinsics"][view]
     turned = turn_cameras(torch.from_numpy(pose)[None], 1)[0].numpy()
-    mesh = load_mesh(asset_path(source, object_id))
+    mesh = load_mesh(asset_path(source, object_id, row.get("path")))
     frames, _ = renderer.render(mesh, np.stack([pose, turned]), np.stack([intrinsics, intrinsics]), CONDITION_FRAME)
     coords = torch.from_numpy(store.read("voxels", object_id)["coords"].astype(np.int64))
     azimuth = float(rendered["condition_azimuth"][view])
