@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from marope import MARoPE
+from marope import MARoPE, kernel_backend
 from smdit import EulerSampler, SMDiT, SMDiTConfig, flow_matching_loss
 from smdit._flow import per_object_std
 from smdit._rows import Rows
+from sparse_vae import convolution_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CONFIG = SMDiTConfig(
@@ -65,6 +66,27 @@ def test_steps_do_not_wait_for_the_device(models, make_voxels):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(first.features, second.features)
+
+
+def test_a_recorded_run_equals_an_eager_one(models, make_voxels):
+    _, gpu = models
+    x, condition = make_voxels([70, 40], 16).to("cuda"), torch.randn(2, 1, 3, 4, 12, device="cuda")
+    runs = {
+        capture: EulerSampler(steps=8, guidance=3.0, interval=(0.3, 0.8), capture=capture).sample(gpu, x, condition)
+        for capture in (False, True)
+    }
+    torch.testing.assert_close(runs[True].features, runs[False].features)
+
+
+def test_fused_kernels_agree_with_plain_pytorch(models, make_voxels):
+    _, gpu = models
+    x, condition = make_voxels([70, 40], 16).to("cuda"), torch.randn(2, 1, 3, 4, 12, device="cuda")
+    fast = gradients(gpu, x, condition)
+    with kernel_backend("torch"), convolution_backend("torch"):
+        plain = gradients(gpu, x, condition)
+    for name, gradient in fast.items():
+        error = (gradient - plain[name]).norm() / plain[name].norm().clamp(min=1e-6)
+        assert error < 1e-2, f"{name}: {error:.1e}"
 
 
 def test_segment_sums(make_voxels):

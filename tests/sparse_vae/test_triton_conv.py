@@ -87,6 +87,9 @@ def interpreted_cases() -> None:
         _triton_conv.PROGRAMS, _triton_conv.PARTIAL_BUDGET = programs, budget
         compare("down", down, 20, 16, *single)
 
+    # groups of offsets, and more rows than a tile holds
+    compare("submanifold", kernel_maps(voxels(400, 12, seed=3))["submanifold"], 20, 24, *single)
+
     # features that are a slice of channels
     x, weight = torch.randn(down.num_inputs, 24)[:, 3:19], torch.randn(8, 8, 16)
     pair = [with_gradients(x, weight, down, triton) for triton in (True, False)]
@@ -95,7 +98,7 @@ def interpreted_cases() -> None:
 
     # the comparison notices kernels that read one wrong row
     wrong = KernelMap(maps["down"].sources, maps["down"].targets)
-    wrong.sources32[3, 5] += 1
+    wrong.tile_plan.sources[3, 5] += 1
     with pytest.raises(AssertionError, match="output is off"):
         compare("wrong", wrong, 16, 16, *single)
     print("all interpreted cases agree")

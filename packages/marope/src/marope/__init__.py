@@ -6,9 +6,23 @@ any number of axes.
 """
 
 from marope._axial import AxialRoPE
+from marope._backend import kernel_backend, kernel_backends, use_triton
 from marope._frequencies import RotaryTable, equal_axes, ntk_theta, rotary_table
+from marope._fused import norm_rotary
 from marope._marope import MARoPE
 from marope._rotate import apply_rotary
 
-__all__ = ["AxialRoPE", "MARoPE", "RotaryTable", "apply_rotary", "equal_axes", "ntk_theta", "rotary_table"]
+__all__ = [
+    "AxialRoPE",
+    "MARoPE",
+    "RotaryTable",
+    "apply_rotary",
+    "equal_axes",
+    "kernel_backend",
+    "kernel_backends",
+    "norm_rotary",
+    "ntk_theta",
+    "rotary_table",
+    "use_triton",
+]
 __version__ = "0.1.0"

@@ -24,13 +24,9 @@ def apply_rotary(
 
     The products are formed in float32 at least, also when `x` is bfloat16 or autocast is on.
     """
+    check_table(x, table)
     cos, sin = table
-    length, half = cos.shape[-2:]
-    if x.ndim < 3 or x.shape[-3] != length or x.shape[-1] != 2 * half:
-        raise ValueError(
-            f"x of shape {tuple(x.shape)} does not fit a table of {length} tokens and {half} pairs: "
-            f"expected [..., {length}, heads, {2 * half}]"
-        )
+    half = cos.shape[-1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = cos.unsqueeze(-2).to(wide.dtype), sin.unsqueeze(-2).to(wide.dtype)
     if not interleaved:
@@ -44,6 +40,16 @@ def apply_rotary(
         pairs = torch.view_as_complex(_aligned(wide).unflatten(-1, (half, 2)))
         out = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     return out.to(x.dtype)
+
+
+def check_table(x: Tensor, table: RotaryTable) -> None:
+    """A ValueError where a table does not have a row for every token of `x` [..., L, heads, head_dim]."""
+    length, half = table.cos.shape[-2:]
+    if x.ndim < 3 or x.shape[-3] != length or x.shape[-1] != 2 * half:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not fit a table of {length} tokens and {half} pairs: "
+            f"expected [..., {length}, heads, {2 * half}]"
+        )
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Num
-from marope import AxialRoPE, RotaryTable
+from marope import AxialRoPE, RotaryTable, norm_rotary
 from sparse_vae import AttentionLayout, attention
 from torch import Tensor, nn
 
@@ -27,16 +27,18 @@ class JointTokens:
         voxel: rows of the voxel stream.
         joint: rows of the joint sequence.
         layout: attention inside an object; its `order` leads from streams to the joint sequence.
-        stream_table: rotary table with rows as in the streams, None for attention without rotary positions.
-        joint_table: the same with rows as in the joint sequence.
+        image_table: rotary table of the image stream, None for attention without rotary positions.
+        voxel_table: of the voxel stream.
+        joint_table: the same rows in the order of the joint sequence.
     """
 
     image: Rows
     voxel: Rows
     joint: Rows
     layout: AttentionLayout
-    stream_table: RotaryTable | None
-    joint_table: RotaryTable | None
+    image_table: RotaryTable | None = None
+    voxel_table: RotaryTable | None = None
+    joint_table: RotaryTable | None = None
 
     @classmethod
     def build(
@@ -67,24 +69,41 @@ class JointTokens:
             order = torch.argsort(torch.cat([image.index, voxel.index]), stable=True)
         layout = AttentionLayout.from_lengths(joint.lengths, device, order=order)
         if rope is None:
-            return cls(image, voxel, joint, layout, None, None)
+            return cls(image, voxel, joint, layout)
         if image_positions is None or voxel_positions is None or len(voxel_positions) != num_voxels:
             raise ValueError(f"rope needs image_positions and the positions of all {num_voxels} voxel tokens")
         stream = rope.table(torch.cat([image_positions.repeat(batch_size, 1), voxel_positions.to(image_positions)]))
         ordered = RotaryTable(*(layout.to_segments(part) for part in stream))
-        return cls(image, voxel, joint, layout, stream, ordered)
+        for_image, for_voxel = (
+            RotaryTable(*parts)
+            for parts in zip(*(p.split([batch_size * num_image_tokens, num_voxels]) for p in stream), strict=True)
+        )
+        return cls(image, voxel, joint, layout, for_image, for_voxel, ordered)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over a head's channels, in float32, with a learned weight shared by all heads."""
+    """Weight of the root-mean-square norm over a head's channels, shared by all heads; `norm_rotary` applies it."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+def position_heads(
+    q: Float[Tensor, "R H D"],
+    k: Float[Tensor, "R H D"],
+    q_norm: nn.Module,
+    k_norm: nn.Module,
+    rope: AxialRoPE | None,
+    table: RotaryTable | None,
+) -> tuple[Float[Tensor, "R H D"], Float[Tensor, "R H D"]]:
+    """Queries and keys normalised, unless the norms are identities, then rotated, where there is a rotary embedding."""
+    table = None if rope is None else table
+    if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
+        interleaved = rope is None or rope.interleaved
+        return norm_rotary(q, k, table, q_norm.weight, k_norm.weight, eps=q_norm.eps, interleaved=interleaved)
+    return (q, k) if rope is None or table is None else rope.rotate(q, k, table)
 
 
 def mlp(width: int, ratio: float) -> nn.Sequential:
@@ -111,12 +130,19 @@ class Stream(nn.Module):
         self.out = nn.Linear(width, width)
         self.mlp = mlp(width, mlp_ratio)
 
-    def project(self, x: Tensor, modulation: tuple[Tensor, ...], rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self,
+        x: Tensor,
+        modulation: tuple[Tensor, ...],
+        rows: Rows,
+        rope: AxialRoPE | None,
+        table: RotaryTable | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [R, H, D] of the rows; `modulation` starts with shift and scale."""
         shift, scale = modulation[:2]
         qkv = self.qkv(modulated_norm(x, shift, scale, rows))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        return self.q_norm(q), self.k_norm(k), v
+        return *position_heads(q, k, self.q_norm, self.k_norm, rope, table), v
 
     def update(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], rows: Rows) -> Tensor:
         """Residual updates by the attention output and the MLP; `modulation` = gate, then shift, scale, gate."""
@@ -164,15 +190,13 @@ class DoubleStreamBlock(nn.Module):
             modulation: for image and voxel: the time embedding [B, width], or with `shared_modulation` the projected
                 modulation [B, 6 width].
             tokens: packing of the batch.
-            rope: how `tokens.stream_table` rotates; None without rotary positions.
+            rope: how the tables of `tokens` rotate; None without rotary positions.
         """
         for_image = self.image.modulation(modulation[0]).chunk(6, dim=-1)
         for_voxel = self.voxel.modulation(modulation[1]).chunk(6, dim=-1)
-        from_image = self.image.project(image, for_image, tokens.image)
-        from_voxel = self.voxel.project(voxel, for_voxel, tokens.voxel)
+        from_image = self.image.project(image, for_image, tokens.image, rope, tokens.image_table)
+        from_voxel = self.voxel.project(voxel, for_voxel, tokens.voxel, rope, tokens.voxel_table)
         q, k, v = (torch.cat(pair) for pair in zip(from_image, from_voxel, strict=True))
-        if rope is not None and tokens.stream_table is not None:
-            q, k = rope.rotate(q, k, tokens.stream_table)
         attended = attention(q, k, v, tokens.layout).flatten(-2).split([len(image), len(voxel)])
         return (
             self.image.update(image, attended[0], for_image[2:], tokens.image),
@@ -213,13 +237,16 @@ class SingleStreamBlock(nn.Module):
     ) -> Float[Tensor, "R C"]:
         """Joint sequence after the block; `modulation` is [B, width], or with `shared_modulation` [B, 3 width]."""
         shift, scale, gate = self.modulation(modulation).chunk(3, dim=-1)
-        qkv, hidden = self.expand(modulated_norm(x, shift, scale, tokens.joint)).split(self.sizes, dim=-1)
+        qkv, hidden = self._expand(modulated_norm(x, shift, scale, tokens.joint))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None and tokens.joint_table is not None:
-            q, k = rope.rotate(q, k, tokens.joint_table)
+        q, k = position_heads(q, k, self.q_norm, self.k_norm, rope, tokens.joint_table)
         attended = attention(q, k, v, tokens.layout.segment_major).flatten(-2)
         return gated(x, self._contract(attended, F.gelu(hidden, approximate="tanh")), gate, tokens.joint)
+
+    def _expand(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both parts of `expand`, as rows without gaps: what follows would read a part of longer rows slowly."""
+        weights, biases = self.expand.weight.split(self.sizes), self.expand.bias.split(self.sizes)
+        return F.linear(x, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
 
     def _contract(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """`contract` of the concatenation, which is not built: it would be the largest tensor of the block."""

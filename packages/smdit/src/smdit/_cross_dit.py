@@ -23,6 +23,8 @@ class CrossDiT(nn.Module):
         config: sizes and options; `CrossDiTConfig.preset(name)` gives known ones.
     """
 
+    capturable = True  # see EulerSampler.capture
+
     def __init__(self, config: CrossDiTConfig) -> None:
         super().__init__()
         self.config = config

@@ -25,6 +25,8 @@ class SMDiT(nn.Module):
         config: sizes and options; `SMDiTConfig.preset(name)` gives known ones.
     """
 
+    capturable = True  # see EulerSampler.capture
+
     def __init__(self, config: SMDiTConfig) -> None:
         super().__init__()
         self.config = config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +23,29 @@ class _Spread(torch.autograd.Function):
     def backward(ctx, grad):
         (lengths,) = ctx.saved_tensors
         return torch.segment_reduce(grad.contiguous(), "sum", lengths=lengths, axis=0, unsafe=True), None, None
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Rows cut into runs of limited length, each within one object, for sums over the rows of every object.
+
+    Attributes:
+        object: int32 [P], the object of every run.
+        begin: int32 [P], its first row.
+        end: int32 [P], one after its last row.
+        counts: int64 [B], runs of every object.
+    """
+
+    object: Int[Tensor, " P"]
+    begin: Int[Tensor, " P"]
+    end: Int[Tensor, " P"]
+    counts: Int[Tensor, " B"]
+
+    def sum(self, partial: Float[Tensor, "P k C"]) -> Float[Tensor, "B k C"]:
+        """Sums over the runs of every object, in order."""
+        if len(self.counts) == 1:
+            return partial.sum(dim=0, keepdim=True)
+        return torch.segment_reduce(partial, "sum", lengths=self.counts, axis=0, unsafe=True, initial=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +68,30 @@ class Rows:
         counts = torch.tensor(list(lengths), dtype=torch.int64)
         index = torch.repeat_interleave(torch.arange(len(counts)), counts)
         return cls(tuple(lengths), index.to(device), counts.to(device))
+
+    def pieces(self, length: int) -> Pieces:
+        """The rows in runs of at most `length`, made once for every length."""
+        if length not in self._pieces:
+            lengths = torch.tensor(self.lengths, dtype=torch.int64)
+            counts = (lengths + length - 1) // length
+            owner = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+            ends = lengths.cumsum(0)
+            within = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+            begin = (ends - lengths)[owner] + within * length
+            end = torch.minimum(begin + length, ends[owner])
+            device = self.index.device
+            owner, begin, end = (table.int().to(device) for table in (owner, begin, end))
+            self._pieces[length] = Pieces(owner, begin, end, counts.to(device))
+        return self._pieces[length]
+
+    @cached_property
+    def _pieces(self) -> dict[int, Pieces]:
+        return {}
+
+    @cached_property
+    def as_one(self) -> Rows:
+        """The same rows as those of a single object."""
+        return self if len(self.lengths) == 1 else Rows.from_lengths([sum(self.lengths)], self.index.device)
 
     def spread(self, values: Float[Tensor, "B C"]) -> Float[Tensor, "_ C"]:
         """The value of every row's object, [R, C]; a single object's value stays [1, C] and broadcasts."""

@@ -12,8 +12,12 @@ from jaxtyping import Float
 from sparse_vae import SparseTensor, Topology
 from torch import Tensor
 
+from smdit._capture import CapturedVelocity, can_capture
 from smdit._config import SamplerConfig
 from smdit._flow import State, Velocity, _batch_size, _features, _replace, per_object_std, per_row
+
+CAPTURE_STEPS = 4
+"""Runs of up to so many steps are not worth a recording."""
 
 Callback = Callable[[int, int], None]
 """Called with (steps done, steps in all) after every step."""
@@ -52,6 +56,8 @@ class EulerSampler:
             noise (TRELLIS: 3).
         rescale: share in [0, 1] of the guided prediction of the data that is brought back to the standard deviation of
             the conditional one, object by object (Lin et al. 2023, section 3.4); counters over-saturation.
+        capture: on CUDA, record the forward of a model that is `capturable` once and replay it at every step (a CUDA
+            graph). The results are the same; it pays from a few steps on.
     """
 
     steps: int = 25
@@ -59,6 +65,7 @@ class EulerSampler:
     interval: tuple[float, float] = (0.0, 1.0)
     shift: float = 1.0
     rescale: float = 0.0
+    capture: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.shift <= 0:
@@ -177,7 +184,9 @@ class _GuidedVelocity:
     """The velocity field of one sampling run: model, condition and guidance. It remembers its `last` value."""
 
     def __init__(self, options: EulerSampler, model: Velocity, condition: Tensor, null: Tensor) -> None:
-        self.options, self.model, self.condition = options, model, condition
+        capture = options.capture and options.steps > CAPTURE_STEPS and can_capture(model, condition.device)
+        self.options, self.condition = options, condition
+        self.model: Velocity = CapturedVelocity(model) if capture else model
         self.both = torch.cat([condition, null.expand_as(condition)]) if options.guidance != 0 else condition
         self.last: _Value | None = None
 

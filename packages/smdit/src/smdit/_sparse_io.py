@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from sparse_vae import (
     LayerNorm32,
@@ -21,7 +19,7 @@ from sparse_vae import (
 )
 from torch import nn
 
-from smdit._modulation import Modulation
+from smdit._modulation import Modulation, modulated_norm, norm_silu
 from smdit._rows import Rows
 
 Pooling = Literal["conv", "mean", "trellis"]
@@ -72,14 +70,16 @@ class SparseResBlock(nn.Module):
         """The block's output; `topology` is the level to return to, needed by "up" alone."""
         if self.resample == "down":
             x = downsample(x, mode=self.pooling)
-        elif self.resample == "up":
+        h = x.replace(norm_silu(x.features, self.norm1, voxel_rows(x.topology)))
+        skip = x.replace(self.skip(x.features))
+        if self.resample == "up":  # what acts on single voxels has acted on the coarse ones, which are fewer
             assert topology is not None
-            x = upsample(x, topology)
-        h = self.conv1(x.replace(F.silu(self.norm1(x.features)))).features
-        scale, shift = voxel_rows(x.topology).spread(self.modulation(embedding).float()).chunk(2, dim=-1)
-        h = torch.addcmul(shift, self.norm2(h).float(), 1 + scale)
-        h = self.conv2(x.replace(F.silu(h).to(x.dtype))).features
-        return x.replace((self.skip(x.features) + h).to(x.dtype))
+            h, skip = upsample(h, topology), upsample(skip, topology)
+        rows = voxel_rows(h.topology)
+        scale, shift = self.modulation(embedding).chunk(2, dim=-1)
+        features = modulated_norm(self.conv1(h).features, shift, scale, rows, self.norm2.eps, silu=True)
+        features = self.conv2(h.replace(features)).features
+        return h.replace((skip.features + features).to(x.dtype))
 
 
 class SparseEncoder(nn.Module):

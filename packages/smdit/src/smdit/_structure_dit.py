@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from sparse_vae import Topology, patchify, unpatchify
@@ -22,6 +25,8 @@ class StructureDiT(nn.Module):
     """
 
     positions: Tensor
+
+    capturable = True  # see EulerSampler.capture
 
     def __init__(self, config: StructureDiTConfig) -> None:
         super().__init__()
@@ -73,10 +78,17 @@ class StructureDiT(nn.Module):
         modulation = embedding if self.shared_modulation is None else self.shared_modulation(embedding)
         cells = patchify(x.to(dtype), config.patch_size).flatten(2).transpose(1, 2)
         h = (self.input(cells).to(dtype) + self.positions.to(dtype)).flatten(0, 1)
-        packing = CrossTokens.build([cells.shape[1]] * len(x), tokens.shape[1], x.device)
+        packing = _packing(len(x), cells.shape[1], tokens.shape[1], x.device)
         tokens = tokens.to(dtype).flatten(0, 1)
         for block in self.blocks:
             h = block(h, modulation, tokens, packing)
         h = self.output(F.layer_norm(h.float(), h.shape[-1:]).to(h.dtype)).to(dtype)
         side = config.grid_size // config.patch_size
         return unpatchify(h.unflatten(0, (len(x), -1)).transpose(1, 2).unflatten(-1, (side,) * 3), config.patch_size)
+
+
+@lru_cache(maxsize=4)
+def _packing(batch_size: int, num_tokens: int, num_condition_tokens: int, device: torch.device) -> CrossTokens:
+    """The packing of dense tokens, kept from step to step: making it waits for the device."""
+    with torch.inference_mode(False):  # the first use may be a sampler's, a later one in training
+        return CrossTokens.build([num_tokens] * batch_size, num_condition_tokens, device)

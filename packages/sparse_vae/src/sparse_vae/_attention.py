@@ -162,8 +162,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
     """PyTorch's packed flash attention. Only the arguments common to all releases that have it are passed."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Some releases give the kernels' raw strides to the backward; contiguous rows are right for all of them.
-    q, k, v = (rows.contiguous() for rows in (q, k, v))
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        # Some releases give the kernels' raw strides to the backward; contiguous rows are right for all of them.
+        q, k, v = (rows.contiguous() for rows in (q, k, v))
     lengths = layout.offsets, layout.key_offsets, layout.max_length, layout.max_key_length
     return cast(Tensor, varlen_attn(q, k, v, *lengths))
 

@@ -16,6 +16,8 @@ class LayerNorm32(nn.LayerNorm):
     """LayerNorm over the last axis, computed in float32 and returned in the dtype of its input."""
 
     def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        if self.weight is None and not torch.is_autocast_enabled(x.device.type):
+            return F.layer_norm(x, self.normalized_shape, eps=self.eps)  # float32 inside, whatever the dtype of x
         weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparse_vae._tile_plan import PairPlan, TilePlan
+
 GATHER_BUDGET = 2**29
 """Bytes that the gathered operand of the CUDA path may take; longer inputs go through in pieces."""
 
@@ -42,9 +44,15 @@ class KernelMap:
 
     @cached_property
     @torch.inference_mode(False)
-    def sources32(self) -> Int[Tensor, "K M"]:
-        """`sources` as int32, with -1 for none."""
-        return torch.where(self.sources < self.num_inputs, self.sources, -1).int()
+    def tile_plan(self) -> TilePlan:
+        """How a GPU walks through the map when it computes outputs."""
+        return TilePlan.build(self.sources, self.num_inputs)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def pair_plan(self) -> PairPlan:
+        """How a GPU walks through the map when it computes the gradient of the weight."""
+        return PairPlan.build(self.sources, self.num_inputs)
 
     @cached_property
     @torch.inference_mode(False)

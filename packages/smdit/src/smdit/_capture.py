@@ -1,0 +1,72 @@
+"""A model's forward recorded as a CUDA graph, so that sampling steps cost the device's time and not Python's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sparse_vae import SparseTensor, Topology
+from torch import Tensor
+
+from smdit._flow import Velocity, _features, _replace
+
+WARM_UPS = 2
+"""Forwards before the recording: they build kernels, tables and workspaces, which a recording cannot."""
+
+
+def can_capture(model: object, device: torch.device) -> bool:
+    """Whether to record `model` on `device`.
+
+    A model says by an attribute `capturable = True` that its forward does nothing but launch work on the device that
+    depends on its arguments' shapes and topology alone, once it has seen that topology. Autocast keeps copies of
+    weights that a recording would not refresh, so under autocast nothing is recorded.
+    """
+    return device.type == "cuda" and getattr(model, "capturable", False) and not torch.is_autocast_enabled("cuda")
+
+
+@dataclass(frozen=True, eq=False)
+class _Recording:
+    graph: torch.cuda.CUDAGraph
+    x: Tensor | SparseTensor
+    t: Tensor
+    condition: Tensor
+    out: Tensor | SparseTensor
+
+
+class CapturedVelocity:
+    """`model(x, t, condition)` by replaying recordings, one for every topology and shapes of the arguments.
+
+    Recordings and their memory live as long as this object, which a sampling run makes for itself. Weights must not
+    change in between.
+    """
+
+    def __init__(self, model: Velocity) -> None:
+        self.model = model
+        self._recordings: dict[tuple, _Recording] = {}
+
+    def __call__(self, x: Tensor | SparseTensor, t: Tensor, condition: Tensor) -> Tensor | SparseTensor:
+        topology: Topology | None = x.topology if isinstance(x, SparseTensor) else None
+        features = _features(x)
+        # Topologies compare by identity; the recording keeps its own alive, so that none can take its place.
+        key = (topology, features.shape, features.dtype, condition.shape, condition.dtype)
+        if key not in self._recordings:
+            self._recordings[key] = self._record(x, t, condition)
+        recording = self._recordings[key]
+        _features(recording.x).copy_(features)
+        recording.t.copy_(t)
+        recording.condition.copy_(condition)
+        recording.graph.replay()
+        return _replace(x, _features(recording.out).clone())
+
+    def _record(self, x: Tensor | SparseTensor, t: Tensor, condition: Tensor) -> _Recording:
+        x, t, condition = _replace(x, _features(x).clone()), t.clone(), condition.clone()
+        aside = torch.cuda.Stream(_features(x).device)
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                self.model(x, t, condition)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.model(x, t, condition)
+        return _Recording(graph, x, t, condition, out)
