@@ -1,6 +1,7 @@
 """Sparse-structure multi-modal diffusion transformer (SMDiT), flow matching and samplers."""
 
 from smdit._blocks import DoubleStreamBlock, JointTokens, SingleStreamBlock
+from smdit._capture import compile_blocks
 from smdit._config import (
     CrossDiTConfig,
     RotaryConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "StructureDiTConfig",
     "StructureFlow",
     "StructureFlowConfig",
+    "compile_blocks",
     "cross_dit_from_trellis",
     "flow_matching_loss",
     "from_bfl_block",

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from sparse_vae import SparseTensor, Topology
-from torch import Tensor
+from torch import Tensor, nn
 
+from smdit._blocks import DoubleStreamBlock, SingleStreamBlock
+from smdit._cross_blocks import CrossBlock
 from smdit._flow import Velocity, _features, _replace
 
 WARM_UPS = 2
@@ -22,6 +24,17 @@ def can_capture(model: object, device: torch.device) -> bool:
     weights that a recording would not refresh, so under autocast nothing is recorded.
     """
     return device.type == "cuda" and getattr(model, "capturable", False) and not torch.is_autocast_enabled("cuda")
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Let PyTorch compile every transformer block of a model, in place, for any number of tokens.
+
+    The first forward then takes about a minute; what compiled blocks save after the fused kernels is shown by
+    `benchmarks/smdit.py`.
+    """
+    for module in model.modules():
+        if isinstance(module, DoubleStreamBlock | SingleStreamBlock | CrossBlock):
+            module.compile(dynamic=True)
 
 
 @dataclass(frozen=True, eq=False)
