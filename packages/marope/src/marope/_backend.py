@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "torch")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _preferred: ContextVar[str | None] = ContextVar("kernel_backend", default=None)
 
 
@@ -46,16 +47,18 @@ def use_triton(*tensors: Tensor, backend: str | None = None) -> bool:
         RuntimeError: "triton" was asked for and cannot be used; the message says why.
     """
     name = backend or _preferred.get()
-    _check(name)
+    if name is not None:
+        _check(name)
     if name == "torch" or torch.compiler.is_compiling():
         return False
-    device = tensors[0].device
-    if device.type != "cuda" and name is None:
+    first = tensors[0]
+    if not first.is_cuda and name is None:
         return False
-    dtypes = {tensor.dtype for tensor in tensors}
-    reason = _triton_reason(device)
-    if reason is None and not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
-        reason = f"it takes bfloat16, float16 or float32, got {', '.join(sorted(map(str, dtypes)))}"
+    reason = _triton_reason(first.device)
+    if reason is None:
+        for tensor in tensors:
+            if tensor.dtype not in DTYPES:
+                reason = f"it takes bfloat16, float16 or float32, got {tensor.dtype}"
     if reason is not None and name == "triton":
         raise RuntimeError(f"backend 'triton' is not available: {reason}")
     return reason is None

@@ -1,7 +1,7 @@
 """Sparse-structure multi-modal diffusion transformer (SMDiT), flow matching and samplers."""
 
 from smdit._blocks import DoubleStreamBlock, JointTokens, SingleStreamBlock
-from smdit._capture import compile_blocks
+from smdit._capture import CapturedVelocity, compile_blocks
 from smdit._config import (
     CrossDiTConfig,
     RotaryConfig,
@@ -20,6 +20,7 @@ from smdit._structure_flow import StructureFlow
 from smdit._trellis import cross_dit_from_trellis, load_trellis, structure_dit_from_trellis
 
 __all__ = [
+    "CapturedVelocity",
     "CrossDiT",
     "CrossDiTConfig",
     "DoubleStreamBlock",

@@ -72,16 +72,15 @@ class Rows:
     def pieces(self, length: int) -> Pieces:
         """The rows in runs of at most `length`, made once for every length."""
         if length not in self._pieces:
-            lengths = torch.tensor(self.lengths, dtype=torch.int64)
-            counts = (lengths + length - 1) // length
-            owner = torch.repeat_interleave(torch.arange(len(lengths)), counts)
-            ends = lengths.cumsum(0)
-            within = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
-            begin = (ends - lengths)[owner] + within * length
+            total = sum(-(-n // length) for n in self.lengths)  # known here, so that the device is not waited for
+            counts = (self.counts + length - 1) // length
+            objects = torch.arange(len(self.lengths), device=self.index.device)
+            owner = torch.repeat_interleave(objects, counts, output_size=total)
+            ends = self.counts.cumsum(0)
+            within = torch.arange(total, device=self.index.device) - (counts.cumsum(0) - counts)[owner]
+            begin = (ends - self.counts)[owner] + within * length
             end = torch.minimum(begin + length, ends[owner])
-            device = self.index.device
-            owner, begin, end = (table.int().to(device) for table in (owner, begin, end))
-            self._pieces[length] = Pieces(owner, begin, end, counts.to(device))
+            self._pieces[length] = Pieces(owner.int(), begin.int(), end.int(), counts)
         return self._pieces[length]
 
     @cached_property
@@ -93,10 +92,15 @@ class Rows:
         """The same rows as those of a single object."""
         return self if len(self.lengths) == 1 else Rows.from_lengths([sum(self.lengths)], self.index.device)
 
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all objects have one number of rows."""
+        return len(set(self.lengths)) == 1
+
     def spread(self, values: Float[Tensor, "B C"]) -> Float[Tensor, "_ C"]:
         """The value of every row's object, [R, C]; a single object's value stays [1, C] and broadcasts."""
         if len(self.lengths) == 1:
             return values
-        if len(set(self.lengths)) == 1:
+        if self.is_uniform:
             return values[:, None].expand(-1, self.lengths[0], -1).flatten(0, 1)
         return _Spread.apply(values, self.index, self.counts)

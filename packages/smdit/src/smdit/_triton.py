@@ -18,33 +18,59 @@ BLOCK_ELEMENTS = 4096
 """Channels that a program holds."""
 
 
-def norm(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows, eps: float, offset: float, silu: bool, dtype) -> Tensor:
+def norm(
+    x: Tensor, shift: Tensor, scale: Tensor, rows: Rows, eps: float, offset: float, silu: bool, dtype: torch.dtype
+) -> Tensor:
     """`act(layer_norm(x) * (offset + scale) + shift)` in `dtype`; shift, scale [B, C] for the objects of `rows`."""
-    return _Norm.apply(x, shift, scale, rows, eps, offset, silu, dtype)
+    x, shift, scale = _channels_last(x, shift, scale)
+    run = _Norm.apply if _is_recorded(x, shift, scale) else _norm
+    return run(x, shift, scale, rows, eps, offset, silu, dtype)
 
 
 def gate(x: Tensor, update: Tensor, factor: Tensor, rows: Rows) -> Tensor:
     """`x + factor * update` in the dtype of `x`; the factor is [B, C] for the objects of `rows`."""
-    return _Gate.apply(x, update, factor, rows)
+    x, update, factor = _channels_last(x, update, factor)
+    run = _Gate.apply if _is_recorded(x, update, factor) else _gate
+    return run(x, update, factor, rows)
+
+
+def _is_recorded(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _norm(x, shift, scale, rows, eps, offset, silu, dtype):
+    num_rows, channels = x.shape
+    out = torch.empty(num_rows, channels, dtype=dtype, device=x.device)
+    if num_rows:
+        block_c, block_r = _blocks(channels)
+        with torch.cuda.device_of(x):
+            _norm_kernel[(triton.cdiv(num_rows, block_r),)](
+                x, shift, scale, rows.index, out, num_rows, x.stride(0), shift.stride(0), scale.stride(0), eps,
+                channels, OFFSET=offset, SILU=silu, SINGLE=len(rows.lengths) == 1, BLOCK_R=block_r, BLOCK_C=block_c,
+                num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def _gate(x, update, factor, rows):
+    num_rows, channels = x.shape
+    out = torch.empty(num_rows, channels, dtype=x.dtype, device=x.device)
+    if num_rows:
+        block_c, block_r = _blocks(channels)
+        with torch.cuda.device_of(x):
+            _gate_kernel[(triton.cdiv(num_rows, block_r),)](
+                x, update, factor, rows.index, out, num_rows, x.stride(0), update.stride(0), factor.stride(0),
+                channels, SINGLE=len(rows.lengths) == 1, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+            )  # fmt: skip
+    return out
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, scale, rows, eps, offset, silu, dtype):
-        x, shift, scale = _channels_last(x, shift, scale)
         ctx.save_for_backward(x, shift, scale)
         ctx.rows, ctx.options = rows, (eps, offset, silu)
-        num_rows, channels = x.shape
-        out = torch.empty(num_rows, channels, dtype=dtype, device=x.device)
-        if out.numel():
-            block_c, block_r = _blocks(channels)
-            with torch.cuda.device_of(x):
-                _norm_kernel[(triton.cdiv(num_rows, block_r),)](
-                    x, shift, scale, rows.index, out, num_rows, x.stride(0), shift.stride(0), scale.stride(0), eps,
-                    channels, OFFSET=offset, SILU=silu, SINGLE=len(rows.lengths) == 1, BLOCK_R=block_r, BLOCK_C=block_c,
-                    num_warps=4,
-                )  # fmt: skip
-        return out
+        return _norm(x, shift, scale, rows, eps, offset, silu, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -70,19 +96,9 @@ class _Norm(torch.autograd.Function):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, update, factor, rows):
-        x, update, factor = _channels_last(x, update, factor)
         ctx.save_for_backward(update, factor)
         ctx.rows = rows
-        num_rows, channels = x.shape
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if out.numel():
-            block_c, block_r = _blocks(channels)
-            with torch.cuda.device_of(x):
-                _gate_kernel[(triton.cdiv(num_rows, block_r),)](
-                    x, update, factor, rows.index, out, num_rows, x.stride(0), update.stride(0), factor.stride(0),
-                    channels, SINGLE=len(rows.lengths) == 1, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
-                )  # fmt: skip
-        return out
+        return _gate(x, update, factor, rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -29,6 +29,12 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grad, inverse, order), None, None
 
 
+def _permute(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Permute.apply(x, order, inverse)
+    return x.index_select(0, order)  # type: ignore[arg-type]
+
+
 class _Gather(torch.autograd.Function):
     """`x[rows]`, where only the entries listed in `used` ever receive a gradient, each from one row of `x`.
 
@@ -180,11 +186,11 @@ class AttentionLayout:
 
     @cached_property
     def max_length(self) -> int:
-        return max(self.lengths, default=0)
+        return max((0, *self.lengths))
 
     @cached_property
     def max_key_length(self) -> int:
-        return max(self.key_lengths, default=0)
+        return max((0, *self.key_lengths))
 
     @cached_property
     def is_uniform(self) -> bool:
@@ -200,11 +206,11 @@ class AttentionLayout:
 
     def to_segments(self, x: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "N ..."]:
         """Rows of `x` in segment-major order; differentiable."""
-        return x if self.order is None else _Permute.apply(x, self.order, self.inverse)
+        return x if self.order is None else _permute(x, self.order, self.inverse)
 
     def from_segments(self, x: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "N ..."]:
         """Undo `to_segments`; differentiable."""
-        return x if self.order is None else _Permute.apply(x, self.inverse, self.order)
+        return x if self.order is None else _permute(x, self.inverse, self.order)
 
     @cached_property
     @torch.inference_mode(False)  # the first use may be a sampler's, a later one in training
