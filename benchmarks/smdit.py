@@ -4,8 +4,9 @@
     python benchmarks/smdit.py --device cuda [--out benchmarks/results/smdit_gpu.md]    # preset paper, bfloat16
 
 "Bare" replays the very products and attention calls of a forward on tensors of the same shapes and strides, nothing
-else; "recorded" is the forward as sampling runs call it, a CUDA graph. On CUDA the script also times the plain and the compiled path, whole sampling runs of both stages, looks for gaps
-in a profiler's trace, and times training steps. Kernels are built anew, so that the first call is a stranger's.
+else; "recorded" is the forward as sampling runs call it, a CUDA graph. On CUDA the script also times the plain and the
+compiled path, whole sampling runs of both stages, looks for gaps in a profiler's trace, and times training steps.
+Kernels are built anew, so that the first call is a stranger's.
 """
 
 # ruff: noqa: E402

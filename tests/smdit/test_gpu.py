@@ -57,6 +57,7 @@ def test_steps_do_not_wait_for_the_device(models, make_voxels):
     x, condition = make_voxels([70, 40], 16).to("cuda"), torch.randn(2, 1, 3, 4, 12, device="cuda")
     sampler = EulerSampler(steps=2, guidance=3.0)
     first = sampler.sample(gpu, x, condition)  # makes the tables, which does wait
+    gpu.prepare(x.topology, (1, 3, 4))
     torch.cuda.set_sync_debug_mode("error")
     try:
         second = sampler.sample(gpu, x, condition)

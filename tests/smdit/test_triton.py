@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from marope import kernel_backend
-from smdit._modulation import gated, modulated_norm, norm_silu
+from smdit._modulation import affine_norm, gated, modulated_norm
 from smdit._rows import Rows
 from sparse_vae import LayerNorm32
 
@@ -32,7 +32,8 @@ def compare(name, lengths, channels, dtype, tolerance, device="cpu", run=None):
     calls = {
         "norm": lambda x, u, f, n: modulated_norm(x, *f.chunk(3, dim=1)[:2], rows),
         "norm and silu": lambda x, u, f, n: modulated_norm(x, *f.chunk(3, dim=1)[1:], rows, silu=True),
-        "affine norm and silu": lambda x, u, f, n: norm_silu(x, n, rows),
+        "affine norm": lambda x, u, f, n: affine_norm(x, n, rows),
+        "affine norm and silu": lambda x, u, f, n: affine_norm(x, n, rows, silu=True),
         "gate": lambda x, u, f, n: gated(x, u, f.chunk(3, dim=1)[2], rows),
     }
 
@@ -56,7 +57,7 @@ def compare(name, lengths, channels, dtype, tolerance, device="cpu", run=None):
 
 
 def cases(device):
-    for name in ("norm", "norm and silu", "affine norm and silu", "gate"):
+    for name in ("norm", "norm and silu", "affine norm", "affine norm and silu", "gate"):
         compare(name, [90], 64, torch.float32, 2e-6, device)
         compare(name, [70, 1, 300], 24, torch.float32, 2e-6, device)
         compare(name, [20, 0, 30], 130, torch.bfloat16, 1e-2, device)

@@ -80,6 +80,23 @@ class JointTokens:
         )
         return cls(image, voxel, joint, layout, for_image, for_voxel, ordered)
 
+    def join(self, image: Tensor, voxel: Tensor) -> Tensor:
+        """Rows of both streams in the order of the joint sequence."""
+        if not self.layout.is_uniform:
+            return self.layout.to_segments(torch.cat([image, voxel]))
+        batch_size = len(self.joint.lengths)
+        return torch.cat([rows.unflatten(0, (batch_size, -1)) for rows in (image, voxel)], dim=1).flatten(0, 1)
+
+    def part(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """The opposite of `join`."""
+        counts = sum(self.image.lengths), sum(self.voxel.lengths)
+        if not self.layout.is_uniform:
+            image, voxel = self.layout.from_segments(joint).split(counts)
+            return image, voxel
+        batch_size = len(self.joint.lengths)
+        parts = joint.unflatten(0, (batch_size, -1)).split([count // batch_size for count in counts], dim=1)
+        return parts[0].flatten(0, 1), parts[1].flatten(0, 1)
+
 
 class RMSNorm(nn.Module):
     """Weight of the root-mean-square norm over a head's channels, shared by all heads; `norm_rotary` applies it."""
@@ -196,8 +213,8 @@ class DoubleStreamBlock(nn.Module):
         for_voxel = self.voxel.modulation(modulation[1]).chunk(6, dim=-1)
         from_image = self.image.project(image, for_image, tokens.image, rope, tokens.image_table)
         from_voxel = self.voxel.project(voxel, for_voxel, tokens.voxel, rope, tokens.voxel_table)
-        q, k, v = (torch.cat(pair) for pair in zip(from_image, from_voxel, strict=True))
-        attended = attention(q, k, v, tokens.layout).flatten(-2).split([len(image), len(voxel)])
+        q, k, v = (tokens.join(*pair) for pair in zip(from_image, from_voxel, strict=True))
+        attended = tokens.part(attention(q, k, v, tokens.layout.segment_major).flatten(-2))
         return (
             self.image.update(image, attended[0], for_image[2:], tokens.image),
             self.voxel.update(voxel, attended[1], for_voxel[2:], tokens.voxel),

@@ -12,9 +12,6 @@ from smdit._blocks import DoubleStreamBlock, SingleStreamBlock
 from smdit._cross_blocks import CrossBlock
 from smdit._flow import Velocity, _features, _replace
 
-WARM_UPS = 2
-"""Forwards before the recording: they build kernels, tables and workspaces, which a recording cannot."""
-
 
 def can_capture(model: object, device: torch.device) -> bool:
     """Whether to record `model` on `device`.
@@ -47,24 +44,28 @@ class _Recording:
 
 
 class CapturedVelocity:
-    """`model(x, t, condition)` by replaying recordings, one for every topology and shapes of the arguments.
+    """`model(x, t, condition)`, from the second call on by replaying a recording of it.
 
-    Recordings and their memory live as long as this object, which a sampling run makes for itself. Weights must not
-    change in between.
+    There is one recording for every topology and shapes of the arguments. Recordings and their memory live as long as
+    this object, which a sampling run makes for itself. Weights must not change in between.
     """
 
     def __init__(self, model: Velocity) -> None:
         self.model = model
-        self._recordings: dict[tuple, _Recording] = {}
+        self._recordings: dict[tuple, _Recording | None] = {}
 
     def __call__(self, x: Tensor | SparseTensor, t: Tensor, condition: Tensor) -> Tensor | SparseTensor:
         topology: Topology | None = x.topology if isinstance(x, SparseTensor) else None
         features = _features(x)
-        # Topologies compare by identity; the recording keeps its own alive, so that none can take its place.
+        # Topologies compare by identity; the key keeps them alive, so that no other can take the place of one.
         key = (topology, features.shape, features.dtype, condition.shape, condition.dtype)
         if key not in self._recordings:
-            self._recordings[key] = self._record(x, t, condition)
+            # The first call runs as ever: it builds kernels, tables and workspaces, which a recording cannot.
+            self._recordings[key] = None
+            return self.model(x, t, condition)
         recording = self._recordings[key]
+        if recording is None:
+            recording = self._recordings[key] = self._record(x, t, condition)
         _features(recording.x).copy_(features)
         recording.t.copy_(t)
         recording.condition.copy_(condition)
@@ -73,12 +74,6 @@ class CapturedVelocity:
 
     def _record(self, x: Tensor | SparseTensor, t: Tensor, condition: Tensor) -> _Recording:
         x, t, condition = _replace(x, _features(x).clone()), t.clone(), condition.clone()
-        aside = torch.cuda.Stream(_features(x).device)
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                self.model(x, t, condition)
-        torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = self.model(x, t, condition)

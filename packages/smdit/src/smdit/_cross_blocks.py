@@ -11,7 +11,7 @@ from sparse_vae import AttentionLayout, LayerNorm32, MultiHeadRMSNorm, attention
 from torch import Tensor, nn
 
 from smdit._blocks import mlp
-from smdit._modulation import Modulation, ModulationBias, gated, modulated_norm
+from smdit._modulation import Modulation, ModulationBias, affine_norm, gated, modulated_norm
 from smdit._rows import Rows
 
 
@@ -145,7 +145,7 @@ class CrossBlock(nn.Module):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(modulation).chunk(6, dim=-1)
         attended = self.self_attention(modulated_norm(x, shift, scale, tokens.rows), tokens, rope)
         x = gated(x, attended, gate, tokens.rows)
-        x = (x + self.cross_attention(self.cross_norm(x), condition, tokens)).to(x.dtype)
+        x = (x + self.cross_attention(affine_norm(x, self.cross_norm, tokens.rows), condition, tokens)).to(x.dtype)
         return gated(x, self.mlp(modulated_norm(x, mlp_shift, mlp_scale, tokens.rows)), mlp_gate, tokens.rows)
 
 

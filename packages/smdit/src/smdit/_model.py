@@ -109,10 +109,10 @@ class SMDiT(nn.Module):
         for_streams = (shared.get("image", embedding), shared.get("voxel", embedding))
         for block in self.double_blocks:
             image, voxel = block(image, voxel, for_streams, tokens, self.rope)
-        joint = tokens.layout.to_segments(torch.cat([image, voxel]))
+        joint = tokens.join(image, voxel)
         for block in self.single_blocks:
             joint = block(joint, shared.get("joint", embedding), tokens, self.rope)
-        return tokens.layout.from_segments(joint)[len(image) :]
+        return tokens.part(joint)[1]
 
     def prepare(self, topology: Topology, shape: tuple[int, int, int]) -> None:
         """Derive all that `forward` reads from the latents' topology, so that it never waits for the device.

@@ -66,15 +66,15 @@ def modulated_norm(
     return (F.silu(y) if silu else y).to(compute_dtype(x))
 
 
-def norm_silu(x: Float[Tensor, "R C"], norm: LayerNorm32, rows: Rows) -> Float[Tensor, "R C"]:
-    """`silu(norm(x))` for a norm with weight and bias; float32 inside, dtype as in `modulated_norm`."""
+def affine_norm(x: Float[Tensor, "R C"], norm: LayerNorm32, rows: Rows, silu: bool = False) -> Float[Tensor, "R C"]:
+    """`norm(x)` for a norm with weight and bias, then SiLU if asked for; dtypes as in `modulated_norm`."""
     if use_triton(x, norm.weight, norm.bias):
         from smdit import _triton
 
         weight, bias = norm.weight[None], norm.bias[None]
-        return _triton.norm(x, bias, weight, rows.as_one, norm.eps, 0.0, True, compute_dtype(x))
-    weight, bias = norm.weight.float(), norm.bias.float()
-    return F.silu(F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)).to(compute_dtype(x))
+        return _triton.norm(x, bias, weight, rows.as_one, norm.eps, 0.0, silu, compute_dtype(x))
+    y = F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+    return (F.silu(y) if silu else y).to(compute_dtype(x))
 
 
 def gated(

@@ -19,7 +19,7 @@ from sparse_vae import (
 )
 from torch import nn
 
-from smdit._modulation import Modulation, modulated_norm, norm_silu
+from smdit._modulation import Modulation, affine_norm, modulated_norm
 from smdit._rows import Rows
 
 Pooling = Literal["conv", "mean", "trellis"]
@@ -70,7 +70,7 @@ class SparseResBlock(nn.Module):
         """The block's output; `topology` is the level to return to, needed by "up" alone."""
         if self.resample == "down":
             x = downsample(x, mode=self.pooling)
-        h = x.replace(norm_silu(x.features, self.norm1, voxel_rows(x.topology)))
+        h = x.replace(affine_norm(x.features, self.norm1, voxel_rows(x.topology), silu=True))
         skip = x.replace(self.skip(x.features))
         if self.resample == "up":  # what acts on single voxels has acted on the coarse ones, which are fewer
             assert topology is not None

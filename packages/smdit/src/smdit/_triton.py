@@ -46,7 +46,7 @@ def _norm(x, shift, scale, rows, eps, offset, silu, dtype):
         with torch.cuda.device_of(x):
             _norm_kernel[(triton.cdiv(num_rows, block_r),)](
                 x, shift, scale, rows.index, out, num_rows, x.stride(0), shift.stride(0), scale.stride(0), eps,
-                channels, OFFSET=offset, SILU=silu, SINGLE=len(rows.lengths) == 1, BLOCK_R=block_r, BLOCK_C=block_c,
+                channels, offset, silu, SINGLE=len(rows.lengths) == 1, BLOCK_R=block_r, BLOCK_C=block_c,
                 num_warps=4,
             )  # fmt: skip
     return out
@@ -86,7 +86,7 @@ class _Norm(torch.autograd.Function):
             with torch.cuda.device_of(x):
                 _norm_backward_kernel[(len(pieces.object),)](
                     x, grad.contiguous(), shift, scale, pieces.object, pieces.begin, pieces.end, out, partial,
-                    x.stride(0), shift.stride(0), scale.stride(0), eps, channels, OFFSET=offset, SILU=silu,
+                    x.stride(0), shift.stride(0), scale.stride(0), eps, channels, offset, silu,
                     BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
                 )  # fmt: skip
         sums = pieces.sum(partial)
@@ -143,11 +143,11 @@ def _normalised(x, rows, present, c, stride, eps, channels):
     return value * factor, factor
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "offset", "silu"])
 @no_type_check
 def _norm_kernel(
-    x, shift, scale, index, out, num_rows, x_stride, shift_stride, scale_stride, eps, channels,
-    OFFSET: tl.constexpr, SILU: tl.constexpr, SINGLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, shift, scale, index, out, num_rows, x_stride, shift_stride, scale_stride, eps, channels, offset, silu,
+    SINGLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
@@ -161,17 +161,16 @@ def _norm_kernel(
         owner = tl.load(index + rows, mask=rows < num_rows, other=0)[:, None]
         a = tl.load(scale + owner * scale_stride + c[None, :], mask=present, other=0.0).to(tl.float32)
         b = tl.load(shift + owner * shift_stride + c[None, :], mask=present, other=0.0).to(tl.float32)
-    value = value * (OFFSET + a) + b
-    if SILU:
-        value = value * tl.sigmoid(value)
+    value = value * (offset + a) + b
+    value = tl.where(silu, value * tl.sigmoid(value), value)
     tl.store(out + rows.to(tl.int64)[:, None] * channels + c[None, :], value.to(out.dtype.element_ty), mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "silu"])
 @no_type_check
 def _norm_backward_kernel(
     x, grad, shift, scale, objects, begins, ends, out, partial, x_stride, shift_stride, scale_stride, eps, channels,
-    OFFSET: tl.constexpr, SILU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    offset, silu, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A run of rows of one object: their gradient, and their share of the gradients of shift and scale."""
     piece = tl.program_id(0)
@@ -179,7 +178,7 @@ def _norm_backward_kernel(
     begin, end = tl.load(begins + piece), tl.load(ends + piece)
     c = tl.arange(0, BLOCK_C)
     known = (c < channels)[None, :]
-    a = OFFSET + tl.load(scale + owner * scale_stride + c[None, :], mask=known, other=0.0).to(tl.float32)
+    a = offset + tl.load(scale + owner * scale_stride + c[None, :], mask=known, other=0.0).to(tl.float32)
     b = tl.load(shift + owner * shift_stride + c[None, :], mask=known, other=0.0).to(tl.float32)
     shift_sum = tl.zeros((BLOCK_C,), tl.float32)
     scale_sum = tl.zeros((BLOCK_C,), tl.float32)
@@ -189,10 +188,9 @@ def _norm_backward_kernel(
         value, factor = _normalised(x, rows, present, c, x_stride, eps, channels)
         place = rows.to(tl.int64)[:, None] * channels + c[None, :]
         g = tl.load(grad + place, mask=present, other=0.0).to(tl.float32)
-        if SILU:
-            y = value * a + b
-            s = tl.sigmoid(y)
-            g = g * s * (1 + y * (1 - s))
+        y = value * a + b
+        s = tl.sigmoid(y)
+        g = tl.where(silu, g * s * (1 + y * (1 - s)), g)
         shift_sum += tl.sum(g, axis=0)
         scale_sum += tl.sum(g * value, axis=0)
         g = g * a

@@ -88,7 +88,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "N C"], layout: AttentionLayout) -> Float[Tensor, "N C"]:
         # Permuting C channels before the projection is cheaper than 3 C after it.
-        q, k, v = self.qkv(layout.to_segments(x)).unflatten(1, (3, self.num_heads, -1)).unbind(dim=1)
+        qkv = self.qkv(layout.to_segments(x))
+        q, k, v = qkv.view(len(qkv), 3, self.num_heads, x.shape[1] // self.num_heads).unbind(dim=1)
         h = attention(self.query_norm(q), self.key_norm(k), v, layout.segment_major, self.backend)
         return layout.from_segments(self.out(h.flatten(1)))
 

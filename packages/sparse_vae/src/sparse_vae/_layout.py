@@ -29,7 +29,8 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grad, inverse, order), None, None
 
 
-def _permute(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
+def permute(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
+    """`x[order]`, differentiable; `inverse` is the inverse permutation."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _Permute.apply(x, order, inverse)
     return x.index_select(0, order)  # type: ignore[arg-type]
@@ -206,11 +207,24 @@ class AttentionLayout:
 
     def to_segments(self, x: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "N ..."]:
         """Rows of `x` in segment-major order; differentiable."""
-        return x if self.order is None else _permute(x, self.order, self.inverse)
+        return x if self.order is None else permute(x, self.order, self.inverse)
 
     def from_segments(self, x: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "N ..."]:
         """Undo `to_segments`; differentiable."""
-        return x if self.order is None else _permute(x, self.inverse, self.order)
+        return x if self.order is None else permute(x, self.inverse, self.order)
+
+    def after(self, previous: AttentionLayout) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]] | None:
+        """The permutation, and its inverse, that brings rows from the order of `previous` into that of this layout.
+
+        Both layouts are of the same features. None where the orders are the same.
+        """
+        if self is previous or (self.order is None and previous.order is None):
+            return None
+        if self.order is None or self.inverse is None:
+            return previous.inverse, previous.order  # type: ignore[return-value]
+        if previous.order is None or previous.inverse is None:
+            return self.order, self.inverse
+        return previous.inverse[self.order], self.inverse[previous.order]
 
     @cached_property
     @torch.inference_mode(False)  # the first use may be a sampler's, a later one in training

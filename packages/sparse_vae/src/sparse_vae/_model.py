@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from gs_render import Gaussians
@@ -12,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sparse_vae._blocks import AbsolutePositionEmbedding, TransformerBlock
 from sparse_vae._config import SparseVAEConfig
 from sparse_vae._gaussians import channels_per_voxel, to_gaussians
-from sparse_vae._layout import AttentionLayout
+from sparse_vae._layout import AttentionLayout, permute
 from sparse_vae._tensor import SparseTensor
 from sparse_vae._topology import Topology
 
@@ -59,20 +61,34 @@ class SparseTransformer(nn.Module):
         _check_input(x, self.config.grid_size, self.input_layer.in_features)
         dtype = self.input_layer.weight.dtype
         h = self.input_layer(x.features.to(dtype)).to(dtype) + self.positions.of(x.topology).to(dtype)
+        layout = x.topology.layout
         for number, block in enumerate(self.blocks):
-            layout = self._layout(x.topology, number)
+            # All but attention acts on single rows, so rows go straight from the windows of one block to the next.
+            previous, layout = layout, self._layout(x.topology, number)
+            h = self._reorder(h, x.topology, previous, layout)
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, layout, use_reentrant=False)
+                h = checkpoint(block, h, layout.segment_major, use_reentrant=False)
             else:
-                h = block(h, layout)
+                h = block(h, layout.segment_major)
+        h = self._reorder(h, x.topology, layout, x.topology.layout)
         with torch.autocast(h.device.type, enabled=False):
             return self.output_layer(F.layer_norm(h.float(), h.shape[-1:]).to(dtype))
 
     def prepare(self, topology: Topology) -> None:
         """Derive all that a forward reads from the topology, so that the forward never waits for the device."""
-        for number in range(len(self.blocks)):
-            self._layout(topology, number)
+        layouts = [topology.layout, *(self._layout(topology, number) for number in range(len(self.blocks)))]
+        for previous, layout in pairwise([*layouts, topology.layout]):
+            self._order(topology, previous, layout)
         self.positions.of(topology)
+
+    def _reorder(self, h: Tensor, topology: Topology, previous: AttentionLayout, layout: AttentionLayout) -> Tensor:
+        order = self._order(topology, previous, layout)
+        return h if order is None else permute(h, *order)
+
+    def _order(
+        self, topology: Topology, previous: AttentionLayout, layout: AttentionLayout
+    ) -> tuple[Tensor, Tensor] | None:
+        return topology.memo(("reorder", previous, layout), lambda: layout.after(previous))
 
     def _layout(self, topology: Topology, number: int) -> AttentionLayout:
         size = self.config.window_size
