@@ -289,8 +289,7 @@ def training_row(model: SMDiT, count: int, side: int, device: str, repeats: int)
     generator = torch.Generator(device).manual_seed(0)
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16):
-            loss = flow_matching_loss(model, x, condition, generator)
+        loss = flow_matching_loss(half_weights(model), x, condition, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -117,7 +117,7 @@ def test_unavailable_and_unknown_backends_are_explained():
     tensors, layout = qkv(5), AttentionLayout.from_lengths([2, 3])
     with pytest.raises(RuntimeError, match="'varlen' is not available: it needs float16 or bfloat16 on CUDA"):
         attention(*tensors, layout, "varlen")
-    with pytest.raises(ValueError, match="choose one of varlen, sdpa, xformers, naive"):
+    with pytest.raises(ValueError, match="choose one of triton, varlen, sdpa, xformers, naive"):
         attention(*tensors, layout, "flash")
     with pytest.raises(ValueError, match="choose one of"), attention_backend("flash"):
         pass

@@ -65,6 +65,9 @@ class Rows:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Rows:
         """Rows of objects with the given numbers of rows."""
+        if len(lengths) == 1:  # filled where it is needed: a copy would wait for the device
+            index = torch.zeros(lengths[0], dtype=torch.int64, device=device)
+            return cls(tuple(lengths), index, torch.full((1,), lengths[0], dtype=torch.int64, device=device))
         counts = torch.tensor(list(lengths), dtype=torch.int64)
         index = torch.repeat_interleave(torch.arange(len(counts)), counts)
         return cls(tuple(lengths), index.to(device), counts.to(device))

@@ -143,6 +143,23 @@ def _normalised(x, rows, present, c, stride, eps, channels):
     return value * factor, factor
 
 
+@triton.jit
+@no_type_check
+def _of_owner(values, index, rows, num_rows, stride, c, known, SINGLE: tl.constexpr, BLOCK_R: tl.constexpr):
+    """What `values` [B, C] holds for the object of every row, float32; one load where all rows are of one object."""
+    if SINGLE:
+        return tl.load(values + c[None, :], mask=known, other=0.0).to(tl.float32) + tl.zeros((BLOCK_R, 1), tl.float32)
+    last = tl.minimum(tl.max(rows, axis=0), num_rows - 1)
+    owner = tl.load(index + tl.min(rows, axis=0))
+    if owner == tl.load(index + last):
+        one = tl.load(values + owner * stride + c[None, :], mask=known, other=0.0).to(tl.float32)
+        found = one + tl.zeros((BLOCK_R, 1), tl.float32)
+    else:
+        owners = tl.load(index + rows, mask=rows < num_rows, other=0)[:, None]
+        found = tl.load(values + owners * stride + c[None, :], mask=known, other=0.0).to(tl.float32)
+    return found
+
+
 @triton.jit(do_not_specialize=["num_rows", "offset", "silu"])
 @no_type_check
 def _norm_kernel(
@@ -154,13 +171,8 @@ def _norm_kernel(
     known = (c < channels)[None, :]
     present = (rows < num_rows)[:, None] & known
     value, _ = _normalised(x, rows, present, c, x_stride, eps, channels)
-    if SINGLE:
-        a = tl.load(scale + c[None, :], mask=known, other=0.0).to(tl.float32)
-        b = tl.load(shift + c[None, :], mask=known, other=0.0).to(tl.float32)
-    else:
-        owner = tl.load(index + rows, mask=rows < num_rows, other=0)[:, None]
-        a = tl.load(scale + owner * scale_stride + c[None, :], mask=present, other=0.0).to(tl.float32)
-        b = tl.load(shift + owner * shift_stride + c[None, :], mask=present, other=0.0).to(tl.float32)
+    a = _of_owner(scale, index, rows, num_rows, scale_stride, c, known, SINGLE, BLOCK_R)
+    b = _of_owner(shift, index, rows, num_rows, shift_stride, c, known, SINGLE, BLOCK_R)
     value = value * (offset + a) + b
     value = tl.where(silu, value * tl.sigmoid(value), value)
     tl.store(out + rows.to(tl.int64)[:, None] * channels + c[None, :], value.to(out.dtype.element_ty), mask=present)
@@ -216,11 +228,7 @@ def _gate_kernel(
     row = rows.to(tl.int64)[:, None]
     value = tl.load(x + row * x_stride + c[None, :], mask=present, other=0.0).to(tl.float32)
     change = tl.load(update + row * update_stride + c[None, :], mask=present, other=0.0).to(tl.float32)
-    if SINGLE:
-        a = tl.load(factor + c[None, :], mask=known, other=0.0).to(tl.float32)
-    else:
-        owner = tl.load(index + rows, mask=rows < num_rows, other=0)[:, None]
-        a = tl.load(factor + owner * factor_stride + c[None, :], mask=present, other=0.0).to(tl.float32)
+    a = _of_owner(factor, index, rows, num_rows, factor_stride, c, known, SINGLE, BLOCK_R)
     tl.store(out + row * channels + c[None, :], (value + a * change).to(out.dtype.element_ty), mask=present)
 
 

@@ -16,8 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_vae._layout import AttentionLayout
+from sparse_vae._triton_probe import triton_failure
 
 _HALF = (torch.float16, torch.bfloat16)
+SHORT = 1024
+"""Keys of the longest segment up to which the Triton kernel is chosen; longer ones belong to kernels that pipeline."""
 _preferred: ContextVar[str | None] = ContextVar("attention_backend", default=None)
 
 
@@ -35,8 +38,8 @@ def attention(
         k: keys; M = N for self-attention.
         v: values.
         layout: which rows see which.
-        backend: "naive", "sdpa", "varlen" or "xformers". By default the one of the enclosing `attention_backend`
-            context, else the first that is available for the tensors' device and dtype.
+        backend: "naive", "sdpa", "varlen", "triton" (no gradients) or "xformers". By default the one of the enclosing
+            `attention_backend` context, else the fastest that is available for the tensors and the layout.
 
     Returns:
         [N, H, D] in the row order and dtype of `q`.
@@ -98,10 +101,21 @@ def _resolve(q: Tensor, layout: AttentionLayout, name: str | None) -> AttentionB
         if reason is not None:
             raise RuntimeError(f"attention backend {name!r} is not available: {reason}")
         return backend
+    if _suits_triton(q, layout):
+        return _find("triton")
     # Equal segments are an ordinary batch, for which the dense kernels are faster than the packed ones.
     if layout.is_uniform or _varlen_reason(q.device, q.dtype, q.shape[-1]) is not None:
         return _find("sdpa")
     return _find("varlen")
+
+
+def _suits_triton(q: Tensor, layout: AttentionLayout) -> bool:
+    """Whether segments are short and nobody asks for gradients or for a graph of PyTorch's own operations."""
+    if not q.is_cuda or layout.is_uniform or layout.max_key_length > SHORT or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and q.requires_grad:
+        return False
+    return _triton_reason(q.device, q.dtype, q.shape[-1]) is None
 
 
 def _find(name: str) -> AttentionBackend:
@@ -177,6 +191,20 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tenso
     return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
+    from sparse_vae import _triton_attention  # not at the top: it imports Triton
+
+    return _triton_attention.attention(q, k, v, layout)
+
+
+def _triton_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device.type != "cuda" or dtype not in _HALF:
+        return f"it needs float16 or bfloat16 on CUDA, got {dtype} on {device.type}"
+    if head_dim > 128:
+        return f"it needs a head dimension of at most 128, got {head_dim}"
+    return triton_failure(device)
+
+
 def _always(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
@@ -221,6 +249,7 @@ def _xformers_reason(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 _BACKENDS = (
+    AttentionBackend("triton", _triton, _triton_reason),
     AttentionBackend("varlen", _varlen, _varlen_reason),
     AttentionBackend("sdpa", _sdpa, _always),
     AttentionBackend("xformers", _xformers, _xformers_reason),

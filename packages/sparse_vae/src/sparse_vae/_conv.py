@@ -16,6 +16,7 @@ from sparse_vae import _spconv
 from sparse_vae._kernel_map import KernelMap, convolve
 from sparse_vae._tensor import SparseTensor
 from sparse_vae._topology import Topology
+from sparse_vae._triton_probe import triton_failure
 
 _preferred: ContextVar[str | None] = ContextVar("convolution_backend", default=None)
 
@@ -290,11 +291,7 @@ def _check_triton(features: Tensor, weight: Tensor) -> None:
 def _triton_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it needs a GPU, got {device.type}"
-    try:
-        from sparse_vae import _triton_conv  # not at the top: it imports Triton
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install triton"
-    return _triton_conv.failure(device)
+    return triton_failure(device)
 
 
 _BACKENDS = (

@@ -13,6 +13,8 @@ from torch import Tensor
 
 MAX_PADDING = 0.10
 """A padded bucket holds at most this share of extra rows (relative to its real rows)."""
+QUERY_TILE = 64
+"""Query rows that a program of the Triton kernel handles."""
 
 
 class _Permute(torch.autograd.Function):
@@ -212,6 +214,23 @@ class AttentionLayout:
     def from_segments(self, x: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "N ..."]:
         """Undo `to_segments`; differentiable."""
         return x if self.order is None else permute(x, self.inverse, self.order)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def query_tiles(self) -> Int[Tensor, "T 4"]:
+        """int32 (first query row, end of the queries, first key row, end of the keys) of every `QUERY_TILE` queries."""
+        lengths, keys = (np.asarray(rows, dtype=np.int64) for rows in (self.lengths, self.key_lengths))
+        counts = -(-lengths // QUERY_TILE)
+        segment = np.repeat(np.arange(len(lengths)), counts)
+        within = np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)
+        ends, key_ends = np.cumsum(lengths), np.cumsum(keys)
+        columns = (
+            (ends - lengths)[segment] + within * QUERY_TILE,
+            ends[segment],
+            (key_ends - keys)[segment],
+            key_ends[segment],
+        )
+        return torch.from_numpy(np.stack(columns, axis=1).astype(np.int32)).to(self.offsets.device)
 
     def after(self, previous: AttentionLayout) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]] | None:
         """The permutation, and its inverse, that brings rows from the order of `previous` into that of this layout.

@@ -4,7 +4,6 @@ Imported only where it is used, since it imports Triton. No kernel is specialise
 that nothing is compiled again when the next batch has other voxels or the next layer another width.
 """
 
-from functools import cache
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -90,9 +89,15 @@ def forward(x: Float[Tensor, "N C"], weight: Float[Tensor, "D K C"], kernel_map:
             PRECISION=_precision(x),
             **tiles.launch,
         )
-        if groups > 1:
-            _sum_kernel[(triton.cdiv(out.numel(), SUM_BLOCK),)](partial, out, out.numel(), groups, BLOCK=SUM_BLOCK)
+    if groups > 1:
+        add_up(partial, out)
     return out
+
+
+def add_up(partial: Float[Tensor, "G *rest"], out: Float[Tensor, "*rest"]) -> None:
+    """`out = partial.sum(0)` for contiguous tensors, rounded once."""
+    with torch.cuda.device_of(out):
+        _sum_kernel[(triton.cdiv(out.numel(), SUM_BLOCK),)](partial, out, out.numel(), len(partial), BLOCK=SUM_BLOCK)
 
 
 def weight_gradient(x: Float[Tensor, "N C"], grad: Float[Tensor, "M D"], kernel_map: KernelMap) -> Tensor:
@@ -130,21 +135,6 @@ def weight_gradient(x: Float[Tensor, "N C"], grad: Float[Tensor, "M D"], kernel_
             **tiles.launch,
         )
     return partial[0] if splits == 1 else partial.sum(dim=0)
-
-
-@cache
-def failure(device: torch.device) -> str | None:
-    """Why a CUDA device cannot run the kernels, None if it can; launches the smallest one to find out."""
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.cuda and capability < (8, 0):
-        return f"it needs compute capability 8.0, got {capability[0]}.{capability[1]}"
-    with torch.cuda.device(device):
-        one = torch.zeros(2, device=device)
-        try:
-            _sum_kernel[(1,)](one, one, 1, 2, BLOCK=16)
-        except Exception as error:  # no compiler, no headers, an unknown GPU: each is a reason, not a fault
-            return f"Triton cannot build a kernel ({type(error).__name__}: {error})"
-    return None
 
 
 def _block(channels: int, largest: int) -> int:
@@ -225,7 +215,7 @@ def _forward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "groups"])
 @no_type_check
 def _sum_kernel(partial, out, count, groups, BLOCK: tl.constexpr):
     """out[i] = sum of partial[g, i]."""
