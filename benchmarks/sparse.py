@@ -1,10 +1,11 @@
 """Time sparse convolution and the 2to3-VAE against spconv, spconv-triton and the bare matrix products.
 
     python benchmarks/sparse.py --device cpu [--out benchmarks/results/sparse_cpu.md]
-    python benchmarks/sparse.py --device cuda [--out benchmarks/results/sparse_gpu.md]
+    python benchmarks/sparse.py --device cuda [--lpips VGG16.safetensors] [--out benchmarks/results/sparse_gpu.md]
 
-Peers are timed where they are installed. spconv's CPU path is right on one OpenMP thread only, so on the CPU the script
-insists on OMP_NUM_THREADS=1; its results are compared with ours before anything is timed.
+Convolutions are those that a layer takes by default. Peers are timed where they are installed. spconv's CPU path is right on one OpenMP thread only, so on the CPU the script
+insists on OMP_NUM_THREADS=1; its results are compared with ours before anything is timed. "Recorded" is the device's own time: the same calls as a
+CUDA graph. `--lpips` names LPIPS weights for the training step; without it the step has no LPIPS term.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from sparse_vae import SparseConv3d, SparseTensor, SparseVAE, SparseVAEConfig, Topology
 
 PEERS = {"spconv": "spconv.pytorch", "spconv-triton": "spconv_triton.pytorch"}
@@ -105,42 +107,105 @@ def convolution_rows(device: str, dtype: torch.dtype, count: int, widths: list[i
     rows = []
     topology = scene(1, count, 64, device)
     for width in widths:
-        layer = SparseConv3d(width, width, bias=False, backend="torch").to(device, dtype)
+        layer = SparseConv3d(width, width, bias=False).to(device, dtype)
         x = torch.randn(len(topology), width, device=device, dtype=dtype, requires_grad=True)
         runs = {"ours": (lambda features, layer=layer: layer(SparseTensor(features, topology)).features, layer.weight)}
         runs |= {name: found for name in PEERS if (found := peer_layer(name, layer, topology)) is not None}
-        expected = runs["ours"][0](x).detach()
-        grad = torch.ones_like(expected)
+        grad = torch.ones(len(topology), width, device=device, dtype=dtype)
         forward = {name: lambda run=run, x=x: run(x) for name, (run, _) in runs.items()}
         steps = {
             name: lambda run=run, weight=weight, x=x, grad=grad: torch.autograd.grad(run(x), (x, weight), grad)
             for name, (run, weight) in runs.items()
             if device == "cuda" or name == "ours"  # spconv 2.3.8 has no backward on the CPU
         }
+        first = {name: once(step, device) / 1e3 for name, step in steps.items()}
+        expected = runs["ours"][0](x).detach()
         with torch.no_grad():
             forward_times = timed(forward | {"bare products": bare_products(layer, topology)}, device, repeats)
         step_times = timed(steps, device, repeats)
         for name, taken in forward_times.items():
             wrong = name in runs and (runs[name][0](x).detach() - expected).abs().max() > 1e-2 * expected.abs().max()
-            both = f"{step_times[name]:.2f}" if name in step_times else ""
-            rows.append([str(width), name + " (WRONG RESULT)" * bool(wrong), f"{taken:.2f}", both])
+            both, start = (f"{times[name]:.2f}" if name in times else "" for times in (step_times, first))
+            rows.append([str(width), name + " (WRONG RESULT)" * bool(wrong), f"{taken:.3f}", both, start])
     return rows
 
 
 def model_rows(device: str, dtype: torch.dtype, preset: str, repeats: int) -> list[list[str]]:
     config = SparseVAEConfig.preset(preset)
-    model = SparseVAE(config).to(device).eval()
+    model = SparseVAE(config).to(device, dtype).eval()
     rows = []
-    counts = (5_000, 20_000, 80_000) if device == "cuda" else (2_500,)
-    for count in counts:
+    for count in (5_000, 20_000, 80_000) if device == "cuda" else (2_500,):
         num_objects = max(1, count // 20_000)
         topology = scene(num_objects, count // num_objects, config.grid_size, device)
         x = SparseTensor(torch.randn(len(topology), config.in_channels, device=device), topology)
-        with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with torch.inference_mode():
             z = model.encode(x)
             calls = {"encoder": lambda x=x: model.encode(x), "decoder": lambda z=z: model.decode(z)}
-            times = timed(calls, device, repeats).values()
-        rows.append([preset, str(count), *(f"{t:.2f}" for t in times), f"{sum(times) / count * 1e3:.3f}"])
+            times = list(timed(calls, device, repeats).values())
+            if device == "cuda":
+                times += timed({name: recorded(call) for name, call in calls.items()}, device, repeats).values()
+        per_voxel = [sum(times[i : i + 2]) / count * 1e3 for i in range(0, len(times), 2)]
+        rows.append([preset, str(count), *(f"{t:.2f}" for t in times), *(f"{t:.3f}" for t in per_voxel)])
+    return rows
+
+
+def recorded(call: Callable[[], object]) -> Callable[[], None]:
+    """The call as a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def one_window_at_a_time(q, k, v, layout, backend=None) -> torch.Tensor:
+    """Attention as a loop over windows, which is what is left where no packed kernel is installed."""
+    parts = zip(*(x.split(layout.lengths) for x in (q, k, v)), strict=True)
+    out = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1) for part in parts
+    ]
+    return torch.cat(out)
+
+
+def training_rows(lpips: Path | None, repeats: int) -> list[list[str]]:
+    """A training step of the paper's autoencoder: 4 objects of 10,000 voxels, one view of 512^2 each."""
+    from gs_render import Camera, render_batch
+    from gs_render.metrics import LPIPS, ssim
+    from sparse_vae import _blocks, gaussian_regularisation, kl_divergence
+
+    config = SparseVAEConfig.preset("paper")
+    model = SparseVAE(config).to("cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    perceptual = None if lpips is None else LPIPS(lpips).to("cuda")
+    topology = scene(4, 10_000, config.grid_size, "cuda")
+    x = SparseTensor(torch.randn(len(topology), config.in_channels, device="cuda"), topology)
+    cameras = Camera.orbit(4, radius=2.0, fov_degrees=40.0, size=512).to("cuda")
+    target = torch.rand(4, 3, 512, 512, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            objects, mean, logvar = model(x, generator)
+        drawn = render_batch(objects, cameras, 1.0, filter_2d=config.gaussians.filter_2d, antialias=True)
+        image = drawn.color.permute(0, 3, 1, 2)
+        loss = F.l1_loss(image, target) + 0.2 * (1 - ssim(image, target).mean())
+        if perceptual is not None:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = loss + 0.2 * perceptual(image, target).mean()
+        loss = loss + 1e-6 * kl_divergence(mean.features, logvar.features) + gaussian_regularisation(objects)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    rows = []
+    for name, attention in (("ours", _blocks.attention), ("SDPA, one window at a time", one_window_at_a_time)):
+        kept, _blocks.attention = _blocks.attention, attention
+        torch.cuda.reset_peak_memory_stats()
+        taken = timed({name: step}, "cuda", repeats)[name]
+        _blocks.attention = kept
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        rows.append([name, f"{taken:.0f}", f"{4e3 / taken:.1f}", f"{memory:.1f}"])
     return rows
 
 
@@ -177,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--lpips", type=Path, help="LPIPS weights (VGG16) for the training step on CUDA")
     parser.add_argument("--out", type=Path, help="write the tables to this file as well")
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats
@@ -187,6 +253,7 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = torch.float16 if device == "cuda" else torch.float32
     count, widths = (20_000, [128, 512, 1024]) if device == "cuda" else (5_000, [64, 128, 256, 512])
+    torch.set_float32_matmul_precision("high")  # as in training
     convolution = convolution_rows(device, dtype, count, widths, repeats)
     preset, model_dtype = ("paper", torch.bfloat16) if device == "cuda" else ("tiny", torch.float32)
     models = model_rows(device, model_dtype, preset, repeats)
@@ -195,12 +262,25 @@ def main() -> None:
         f"`python benchmarks/sparse.py --device {device}`: {environment(device)}.",
         f"All times are the shortest of {repeats} runs, in milliseconds.",
         f"Submanifold 3^3 convolution, {count:,} surface voxels of a 64^3 grid, {dtype}:",
-        table(["channels", "implementation", "forward", "forward + backward"], convolution),
+        table(["channels", "implementation", "forward", "forward + backward", "first call, s"], convolution),
         f"2to3-VAE, forward, {model_dtype}:",
-        table(["preset", "voxels", "encoder", "decoder", "both, microseconds a voxel"], models),
+        table(
+            ["preset", "voxels", "encoder", "decoder"]
+            + ["encoder, recorded", "decoder, recorded"] * (device == "cuda")
+            + ["both, microseconds a voxel"]
+            + ["recorded"] * (device == "cuda"),
+            models,
+        ),
         "Building a topology with its windows, neighbours and coarse level:",
         table(["objects x voxels", "time"], topology_rows(device, repeats)),
     ]
+    if device == "cuda":
+        head = ["attention", "step, ms", "objects a second", "peak memory, GiB"]
+        note = "" if arguments.lpips else ", without LPIPS"
+        parts += [
+            f"Training step of the `paper` autoencoder, batch 4, 10,000 voxels and 512^2 pixels an object, bf16{note}:",
+            table(head, training_rows(arguments.lpips, max(3, repeats // 4))),
+        ]
     report = "\n\n".join(parts)
     print(report)
     if arguments.out:
