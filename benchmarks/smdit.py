@@ -282,21 +282,36 @@ def wake(model: torch.nn.Module) -> None:
             parameter.data.copy_(values.to(parameter))
 
 
-def training_row(model: SMDiT, count: int, side: int, device: str, repeats: int) -> list[str]:
-    model = model.float().train()
+def training_rows(config: SMDiTConfig, count: int, side: int, repeats: int, compiled: bool) -> list[list[str]]:
+    """Forward, backward and AdamW on float32 weights, one object, in three ways."""
+    model = SMDiT(config).to("cuda").train()
+    wake(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    x, _, condition = inputs(model.config, count, side, 1, device)
-    generator = torch.Generator(device).manual_seed(0)
+    x, _, condition = inputs(config, count, side, 1, "cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
 
-    def step() -> None:
-        loss = flow_matching_loss(half_weights(model), x, condition, generator)
+    def autocast_loss():
+        with torch.autocast("cuda", torch.bfloat16):
+            return flow_matching_loss(model, x, condition, generator)
+
+    def cast_loss():
+        return flow_matching_loss(half_weights(model), x, condition, generator)
+
+    def step(loss: Callable) -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss().backward()
         optimizer.step()
 
-    torch.cuda.reset_peak_memory_stats()
-    taken = timed({"step": step}, device, repeats)["step"]
-    return [f"{count:,}", f"{taken:.1f}", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"]
+    rows = []
+    for name, loss in (("autocast", autocast_loss), ("weights cast once", cast_loss), ("compiled", autocast_loss)):
+        if name == "compiled":
+            if not compiled:
+                continue
+            compile_blocks(model)
+        torch.cuda.reset_peak_memory_stats()
+        taken = timed({"step": lambda loss=loss: step(loss)}, "cuda", repeats)["step"]
+        rows.append([name, f"{count:,}", f"{taken:.1f}", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"])
+    return rows
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -329,11 +344,8 @@ def cuda_parts(
         runs.append(sampling_row("stage 2, compiled", model, dtype, counts[0], side, "cuda"))
     parts.append(table(["run", "steps", "seconds"], runs))
     parts.append(f"Longest time that the device was idle between kernels of consecutive sampling steps: {gap:.1f} us.")
-    head = ["voxels", "training step (forward, backward, AdamW), ms", "peak memory, GiB"]
-    fresh = SMDiT(model.config).to("cuda")  # not compiled
-    wake(fresh)
-    del model
-    parts.append(table(head, [training_row(fresh, counts[0], side, "cuda", repeats)]))
+    head = ["training step, bf16", "voxels", "forward + backward + AdamW, ms", "peak memory, GiB"]
+    parts.append(table(head, training_rows(model.config, counts[0], side, repeats, compiled)))
     return parts
 
 

@@ -3,9 +3,10 @@
     python benchmarks/sparse.py --device cpu [--out benchmarks/results/sparse_cpu.md]
     python benchmarks/sparse.py --device cuda [--lpips VGG16.safetensors] [--out benchmarks/results/sparse_gpu.md]
 
-Convolutions are those that a layer takes by default. Peers are timed where they are installed. spconv's CPU path is right on one OpenMP thread only, so on the CPU the script
-insists on OMP_NUM_THREADS=1; its results are compared with ours before anything is timed. "Recorded" is the device's own time: the same calls as a
-CUDA graph. `--lpips` names LPIPS weights for the training step; without it the step has no LPIPS term.
+Convolutions are those that a layer takes by default. Peers are timed where they are installed. spconv's CPU path is
+right on one OpenMP thread only, so on the CPU the script insists on OMP_NUM_THREADS=1; its results are compared with
+ours before anything is timed. "Recorded" is the device's own time: the same calls as a CUDA graph. `--lpips` names
+LPIPS weights for the training step; without it the step has no LPIPS term.
 """
 
 from __future__ import annotations

@@ -46,10 +46,12 @@ def use_triton(*tensors: Tensor, backend: str | None = None) -> bool:
         ValueError: an unknown backend.
         RuntimeError: "triton" was asked for and cannot be used; the message says why.
     """
+    if torch.compiler.is_compiling():  # which cannot follow what comes here
+        return False
     name = backend or _preferred.get()
     if name is not None:
         _check(name)
-    if name == "torch" or torch.compiler.is_compiling():
+    if name == "torch":
         return False
     first = tensors[0]
     if not first.is_cuda and name is None:
@@ -82,10 +84,8 @@ def _failure(device: torch.device) -> str | None:
         from marope import _triton
     except ImportError as error:
         return f"triton cannot be imported ({error}); install triton"
-    one, weight = torch.ones(1, 1, 2, device=device), torch.ones(2, device=device)
     try:
-        with torch.no_grad():
-            _triton.norm_rotary(one, one, None, weight, weight, 1e-6, True)
+        _triton.probe(torch.zeros(1, device=device))
     except Exception as error:  # no compiler, no headers, an unknown GPU: each is a reason, not a fault
         return f"Triton cannot build a kernel ({type(error).__name__}: {error})"
     return None

@@ -24,14 +24,14 @@ def can_capture(model: object, device: torch.device) -> bool:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Let PyTorch compile every transformer block of a model, in place, for any number of tokens.
+    """Let PyTorch compile every transformer block of a model, in place.
 
-    The first forward then takes about a minute; what compiled blocks save after the fused kernels is shown by
-    `benchmarks/smdit.py`.
+    The first forward then takes about a minute, and the first with another number of tokens once more; after that any
+    number goes. `benchmarks/smdit.py` shows what it saves.
     """
     for module in model.modules():
         if isinstance(module, DoubleStreamBlock | SingleStreamBlock | CrossBlock):
-            module.compile(dynamic=True)
+            module.compile()
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,6 +85,11 @@ def attention_backend(name: str | None) -> Iterator[None]:
         _preferred.reset(token)
 
 
+@torch.compiler.assume_constant_result  # a compiler cannot follow context variables: it keeps what it finds
+def _preferred_name() -> str | None:
+    return _preferred.get()
+
+
 def attention_backends(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64
 ) -> dict[str, str | None]:
@@ -94,7 +99,7 @@ def attention_backends(
 
 
 def _resolve(q: Tensor, layout: AttentionLayout, name: str | None) -> AttentionBackend:
-    name = name or _preferred.get()
+    name = name or _preferred_name()
     if name is not None:
         backend = _find(name)
         reason = backend.is_available(q.device, q.dtype, q.shape[-1])

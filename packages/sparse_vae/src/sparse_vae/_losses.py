@@ -43,4 +43,5 @@ def gaussian_regularisation(
     """
     scales = torch.cat([g.scales for g in gaussians]).float()
     opacities = torch.cat([g.opacities for g in gaussians]).float()
-    return volume * scales.prod(dim=-1).mean() + opacity * (1 - opacities).square().mean()
+    x, y, z = scales.unbind(dim=-1)  # the gradient of `prod` looks for zeros, and waits for the device to find them
+    return volume * (x * y * z).mean() + opacity * (1 - opacities).square().mean()
