@@ -75,7 +75,10 @@ class AttentionBackend:
 
 @contextmanager
 def attention_backend(name: str | None) -> Iterator[None]:
-    """Prefer a backend for every `attention` call inside the block that names none itself."""
+    """Prefer a backend for every `attention` call inside the block that names none itself.
+
+    Code that PyTorch compiles does not see the preference; an argument or a config it does.
+    """
     if name is not None:
         _find(name)
     token = _preferred.set(name)
@@ -83,11 +86,6 @@ def attention_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _preferred.reset(token)
-
-
-@torch.compiler.assume_constant_result  # a compiler cannot follow context variables: it keeps what it finds
-def _preferred_name() -> str | None:
-    return _preferred.get()
 
 
 def attention_backends(
@@ -99,7 +97,8 @@ def attention_backends(
 
 
 def _resolve(q: Tensor, layout: AttentionLayout, name: str | None) -> AttentionBackend:
-    name = name or _preferred_name()
+    if name is None and not torch.compiler.is_compiling():  # which cannot follow context variables
+        name = _preferred.get()
     if name is not None:
         backend = _find(name)
         reason = backend.is_available(q.device, q.dtype, q.shape[-1])
