@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -283,33 +283,26 @@ def wake(model: torch.nn.Module) -> None:
 
 
 def training_rows(config: SMDiTConfig, count: int, side: int, repeats: int, compiled: bool) -> list[list[str]]:
-    """Forward, backward and AdamW on float32 weights, one object, in three ways."""
+    """Forward, backward and AdamW on float32 weights, one object, eager and with compiled blocks."""
     model = SMDiT(config).to("cuda").train()
     wake(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     x, _, condition = inputs(config, count, side, 1, "cuda")
     generator = torch.Generator("cuda").manual_seed(0)
 
-    def autocast_loss():
+    def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            return flow_matching_loss(model, x, condition, generator)
-
-    def cast_loss():
-        return flow_matching_loss(half_weights(model), x, condition, generator)
-
-    def step(loss: Callable) -> None:
+            loss = flow_matching_loss(model, x, condition, generator)
         optimizer.zero_grad(set_to_none=True)
-        loss().backward()
+        loss.backward()
         optimizer.step()
 
     rows = []
-    for name, loss in (("autocast", autocast_loss), ("weights cast once", cast_loss), ("compiled", autocast_loss)):
-        if name == "compiled":
-            if not compiled:
-                continue
+    for name in ("eager", "compiled blocks") if compiled else ("eager",):
+        if name == "compiled blocks":
             compile_blocks(model)
         torch.cuda.reset_peak_memory_stats()
-        taken = timed({"step": lambda loss=loss: step(loss)}, "cuda", repeats)["step"]
+        taken = timed({"step": step}, "cuda", repeats)["step"]
         rows.append([name, f"{count:,}", f"{taken:.1f}", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"])
     return rows
 
@@ -317,6 +310,19 @@ def training_rows(config: SMDiTConfig, count: int, side: int, repeats: int, comp
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class Report:
+    """Parts of a report, printed and written as they come, so that a run that is cut leaves what it has measured."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.out, self.parts = out, []
+
+    def add(self, part: str) -> None:
+        print(part, end="\n\n", flush=True)
+        self.parts.append(part)
+        if self.out:
+            self.out.write_text("\n\n".join(self.parts) + "\n")
 
 
 def environment(device: str) -> str:
@@ -332,21 +338,20 @@ def environment(device: str) -> str:
 
 def cuda_parts(
     model: SMDiT, dtype: torch.dtype, counts: tuple[int, ...], side: int, repeats: int, compiled: bool
-) -> list[str]:
+) -> Iterator[str]:
     """What only a GPU is asked: called after the forwards of the default path."""
     head = ["voxels", "default", "plain PyTorch", "difference"]
-    parts = [table(head, path_rows(model, counts[0], side, repeats))]
-    runs = [structure_row(), sampling_row("stage 2, default", model, dtype, counts[0], side, "cuda")]
+    yield table(head, path_rows(model, counts[0], side, repeats))
+    head = ["run", "steps", "seconds"]
+    yield table(head, [structure_row(), sampling_row("stage 2, default", model, dtype, counts[0], side, "cuda")])
     gap = largest_gap(model, counts[0], side)
+    yield f"Longest time that the device was idle between kernels of consecutive sampling steps: {gap:.1f} us."
+    train = ["training step, bf16", "voxels", "forward + backward + AdamW, ms", "peak memory, GiB"]
+    yield table(train, training_rows(model.config, counts[0], side, repeats, compiled))
     if compiled:
-        head = ["voxels", "compiled blocks", "recorded", "first call, s"]
-        parts.append(table(head, compiled_rows(model, counts, side, repeats)))
-        runs.append(sampling_row("stage 2, compiled", model, dtype, counts[0], side, "cuda"))
-    parts.append(table(["run", "steps", "seconds"], runs))
-    parts.append(f"Longest time that the device was idle between kernels of consecutive sampling steps: {gap:.1f} us.")
-    head = ["training step, bf16", "voxels", "forward + backward + AdamW, ms", "peak memory, GiB"]
-    parts.append(table(head, training_rows(model.config, counts[0], side, repeats, compiled)))
-    return parts
+        columns = ["voxels", "compiled blocks", "recorded", "first call, s"]
+        yield table(columns, compiled_rows(model, counts, side, repeats))
+        yield table(head, [sampling_row("stage 2, compiled", model, dtype, counts[0], side, "cuda")])
 
 
 def main() -> None:
@@ -384,22 +389,20 @@ def main() -> None:
         "TFLOP/s",
         "of peak",
     ]
-    parts = [
-        f"# SMDiT, {device}",
-        f"`python benchmarks/smdit.py --device {device}`: {environment(device)}.",
+    report = Report(arguments.out)
+    report.add(f"# SMDiT, {device}")
+    report.add(f"`python benchmarks/smdit.py --device {device}`: {environment(device)}.")
+    report.add(
         f"Preset {preset}, {dtype}; times are the shortest of {repeats} runs, in milliseconds. First call, "
-        f"kernels built anew: {first:.1f} s.",
-        table(head, forwards),
-    ]
+        f"kernels built anew: {first:.1f} s."
+    )
+    report.add(table(head, forwards))
     if device == "cuda":
-        parts += cuda_parts(model, dtype, counts, side, repeats, arguments.compile)
+        for part in cuda_parts(model, dtype, counts, side, repeats, arguments.compile):
+            report.add(part)
     else:
         row = sampling_row("stage 2", model, dtype, counts[0], side, device)
-        parts.append(table(["run", "steps", "seconds"], [row]))
-    report = "\n\n".join(parts)
-    print(report)
-    if arguments.out:
-        arguments.out.write_text(report + "\n")
+        report.add(table(["run", "steps", "seconds"], [row]))
 
 
 if __name__ == "__main__":

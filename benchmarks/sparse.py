@@ -17,13 +17,14 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sparse_vae import SparseConv3d, SparseTensor, SparseVAE, SparseVAEConfig, Topology
+from sparse_vae import SparseConv3d, SparseTensor, SparseVAE, SparseVAEConfig, Topology, convolution_backend
 
 PEERS = {"spconv": "spconv.pytorch", "spconv-triton": "spconv_triton.pytorch"}
 
@@ -104,30 +105,32 @@ def bare_products(layer: SparseConv3d, topology: Topology) -> Callable[[], None]
     return run
 
 
-def convolution_rows(device: str, dtype: torch.dtype, count: int, widths: list[int], repeats: int) -> list[list[str]]:
+def convolution_rows(device: str, dtype: torch.dtype, count: int, width: int, repeats: int) -> list[list[str]]:
     rows = []
     topology = scene(1, count, 64, device)
-    for width in widths:
-        layer = SparseConv3d(width, width, bias=False).to(device, dtype)
-        x = torch.randn(len(topology), width, device=device, dtype=dtype, requires_grad=True)
-        runs = {"ours": (lambda features, layer=layer: layer(SparseTensor(features, topology)).features, layer.weight)}
-        runs |= {name: found for name in PEERS if (found := peer_layer(name, layer, topology)) is not None}
-        grad = torch.ones(len(topology), width, device=device, dtype=dtype)
-        forward = {name: lambda run=run, x=x: run(x) for name, (run, _) in runs.items()}
-        steps = {
-            name: lambda run=run, weight=weight, x=x, grad=grad: torch.autograd.grad(run(x), (x, weight), grad)
-            for name, (run, weight) in runs.items()
-            if device == "cuda" or name == "ours"  # spconv 2.3.8 has no backward on the CPU
-        }
-        first = {name: once(step, device) / 1e3 for name, step in steps.items()}
-        expected = runs["ours"][0](x).detach()
-        with torch.no_grad():
-            forward_times = timed(forward | {"bare products": bare_products(layer, topology)}, device, repeats)
-        step_times = timed(steps, device, repeats)
-        for name, taken in forward_times.items():
-            wrong = name in runs and (runs[name][0](x).detach() - expected).abs().max() > 1e-2 * expected.abs().max()
-            both, start = (f"{times[name]:.2f}" if name in times else "" for times in (step_times, first))
-            rows.append([str(width), name + " (WRONG RESULT)" * bool(wrong), f"{taken:.3f}", both, start])
+    layer = SparseConv3d(width, width, bias=False).to(device, dtype)
+    x = torch.randn(len(topology), width, device=device, dtype=dtype, requires_grad=True)
+    runs = {"ours": (lambda features, layer=layer: layer(SparseTensor(features, topology)).features, layer.weight)}
+    runs |= {name: found for name in PEERS if (found := peer_layer(name, layer, topology)) is not None}
+    grad = torch.ones(len(topology), width, device=device, dtype=dtype)
+    forward = {name: lambda run=run, x=x: run(x) for name, (run, _) in runs.items()}
+    steps = {
+        name: lambda run=run, weight=weight, x=x, grad=grad: torch.autograd.grad(run(x), (x, weight), grad)
+        for name, (run, weight) in runs.items()
+        if device == "cuda" or name == "ours"  # spconv 2.3.8 has no backward on the CPU
+    }
+    first = {name: once(step, device) / 1e3 for name, step in steps.items()}
+    with torch.no_grad(), convolution_backend("torch"):
+        expected = deepcopy(layer).float()(SparseTensor(x.float(), topology)).features
+    with torch.no_grad():
+        forward_times = timed(forward | {"bare products": bare_products(layer, topology)}, device, repeats)
+    step_times = timed(steps, device, repeats)
+    for name, taken in forward_times.items():
+        error = ""
+        if name in runs:
+            error = f"{float((runs[name][0](x).detach() - expected).norm() / expected.norm()):.1e}"
+        both, start = (f"{times[name]:.2f}" if name in times else "" for times in (step_times, first))
+        rows.append([str(width), name, f"{taken:.3f}", both, start, error])
     return rows
 
 
@@ -254,38 +257,42 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = torch.float16 if device == "cuda" else torch.float32
     count, widths = (20_000, [128, 512, 1024]) if device == "cuda" else (5_000, [64, 128, 256, 512])
-    torch.set_float32_matmul_precision("high")  # as in training
-    convolution = convolution_rows(device, dtype, count, widths, repeats)
+    shown: list[str] = []
+    for part in report(device, dtype, count, widths, arguments.lpips, repeats):
+        print(part, end="\n\n", flush=True)  # as it comes, so that a run that is cut leaves what it has measured
+        shown.append(part)
+        if arguments.out:
+            arguments.out.write_text("\n\n".join(shown) + "\n")
+
+
+def report(
+    device: str, dtype: torch.dtype, count: int, widths: list[int], lpips: Path | None, repeats: int
+) -> Iterator[str]:
+    yield f"# Sparse operations, {device}"
+    yield f"`python benchmarks/sparse.py --device {device}`: {environment(device)}."
+    yield (
+        f"All times are the shortest of {repeats} runs, in milliseconds; errors are relative to the product in "
+        "float32, by norm."
+    )
     preset, model_dtype = ("paper", torch.bfloat16) if device == "cuda" else ("tiny", torch.float32)
-    models = model_rows(device, model_dtype, preset, repeats)
-    parts = [
-        f"# Sparse operations, {device}",
-        f"`python benchmarks/sparse.py --device {device}`: {environment(device)}.",
-        f"All times are the shortest of {repeats} runs, in milliseconds.",
-        f"Submanifold 3^3 convolution, {count:,} surface voxels of a 64^3 grid, {dtype}:",
-        table(["channels", "implementation", "forward", "forward + backward", "first call, s"], convolution),
-        f"2to3-VAE, forward, {model_dtype}:",
-        table(
-            ["preset", "voxels", "encoder", "decoder"]
-            + ["encoder, recorded", "decoder, recorded"] * (device == "cuda")
-            + ["both, microseconds a voxel"]
-            + ["recorded"] * (device == "cuda"),
-            models,
-        ),
-        "Building a topology with its windows, neighbours and coarse level:",
-        table(["objects x voxels", "time"], topology_rows(device, repeats)),
-    ]
+    yield f"2to3-VAE, forward, {model_dtype}:"
+    recorded_columns = device == "cuda"
+    head = ["preset", "voxels", "encoder", "decoder"] + ["encoder, recorded", "decoder, recorded"] * recorded_columns
+    head += ["both, microseconds a voxel"] + ["recorded"] * recorded_columns
+    yield table(head, model_rows(device, model_dtype, preset, repeats))
+    yield "Building a topology with its windows, neighbours and coarse level:"
+    yield table(["objects x voxels", "time"], topology_rows(device, repeats))
     if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # as in training
+        note = "" if lpips else ", without LPIPS"
+        yield f"Training step of the `paper` autoencoder, 4 objects of 10,000 voxels and 512^2 pixels, bf16{note}:"
         head = ["attention", "step, ms", "objects a second", "peak memory, GiB"]
-        note = "" if arguments.lpips else ", without LPIPS"
-        parts += [
-            f"Training step of the `paper` autoencoder, batch 4, 10,000 voxels and 512^2 pixels an object, bf16{note}:",
-            table(head, training_rows(arguments.lpips, max(3, repeats // 4))),
-        ]
-    report = "\n\n".join(parts)
-    print(report)
-    if arguments.out:
-        arguments.out.write_text(report + "\n")
+        yield table(head, training_rows(lpips, max(3, repeats // 4)))
+        torch.set_float32_matmul_precision("highest")
+    yield f"Submanifold 3^3 convolution, {count:,} surface voxels of a 64^3 grid, {dtype}:"
+    head = ["channels", "implementation", "forward", "forward + backward", "first call, s", "error"]
+    for width in widths:
+        yield table(head, convolution_rows(device, dtype, count, width, repeats))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from smdit import (
     StructureDiT,
     StructureDiTConfig,
     StructureFlowConfig,
-    half_weights,
 )
 from sparse_vae import SparseTensor, SparseVAE, SparseVAEConfig, Topology
 
@@ -264,18 +263,3 @@ def test_blocks_compile_as_one_graph_each_with_gradients(make_voxels, awake):
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
-
-
-def test_half_weights_train_the_weights_themselves(awake, make_voxels):
-    model = awake(smdit())
-    x = make_voxels([30, 20], model.config.grid_size)
-    condition = torch.randn(2, 1, 3, 4, model.config.condition_channels)
-    t = torch.tensor([0.3, 0.7])
-    exact = torch.autograd.grad(model(x, t, condition).features.square().mean(), list(model.parameters()))
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
-        out = half_weights(model, dtype)(x, t, condition).features
-        assert out.dtype == dtype
-        grads = torch.autograd.grad(out.float().square().mean(), list(model.parameters()))
-        assert all(grad.dtype == torch.float32 for grad in grads)
-        error = torch.cat([(a - b).flatten() for a, b in zip(grads, exact, strict=True)]).norm()
-        assert error < tolerance * torch.cat([grad.flatten() for grad in exact]).norm()

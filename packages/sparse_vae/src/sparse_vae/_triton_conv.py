@@ -41,10 +41,8 @@ def output_tiles(out_channels: int, in_channels: int, itemsize: int) -> Tiles:
     """Tiles of `forward`: output rows x output channels, over input channels. `rows` divides `TILE`."""
     if itemsize > 2:
         return Tiles(64, _block(out_channels, 64), _block(in_channels, 32), 4, 3)
-    out, inner = _block(out_channels, 256), _block(in_channels, 64)
-    if out == 256:
-        return Tiles(128, out, inner, 8, 3)
-    return Tiles(128, out, inner, 4 if out <= 64 else 8, 4)
+    out = _block(out_channels, 256)
+    return Tiles(64, out, _block(in_channels, 64), 8 if out == 256 else 4, 4)
 
 
 def gradient_tiles(out_channels: int, in_channels: int, itemsize: int) -> Tiles:
