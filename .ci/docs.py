@@ -23,6 +23,7 @@ COMMANDS = {
     "view": "diff2to3._cli._files:view",
     "convert": "diff2to3._cli._files:convert",
     "info": "diff2to3._cli._files:info",
+    "import-trellis": "diff2to3._cli._trellis:import_trellis",
     "plugins": "diff2to3._cli._listing:plugins",
     "doctor": "diff2to3._cli._listing:doctor",
 }

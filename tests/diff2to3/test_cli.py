@@ -323,7 +323,18 @@ def test_a_fault_is_no_bad_input(micro_pipeline, ball, tmp_path):
 def test_help_and_version():
     overview = diff2to3("--help")
     assert overview.returncode == 0
-    for command in ("generate", "view", "convert", "info", "plugins", "doctor", "data", "train", "eval"):
+    for command in (
+        "generate",
+        "view",
+        "convert",
+        "info",
+        "import-trellis",
+        "plugins",
+        "doctor",
+        "data",
+        "train",
+        "eval",
+    ):
         assert command in overview.stdout
     assert "diff2to3, version" in diff2to3("--version").stdout
     nothing = diff2to3()

@@ -54,6 +54,14 @@ def test_pil_uint8_and_float_agree():
     np.testing.assert_allclose(condition_image(image.astype(np.float32) / 255, 50), expected, atol=1e-6)
 
 
+def test_background_may_be_another_grey():
+    crop, alpha = object_crop(disc(), 80)[..., :3], object_crop(disc(), 80)[..., 3:]
+    for grey in (0.0, 0.25):
+        out = condition_image(disc(), 80, background=grey)
+        np.testing.assert_allclose(out, crop * alpha + grey * (1 - alpha), atol=2e-4)
+    assert condition_image(disc(), 80, background=0.0)[:4, :4].max() == 0.0
+
+
 def test_object_crop_composited_on_white_is_the_condition_image():
     crop = object_crop(disc(), 80)
     white = crop[..., :3] * crop[..., 3:] + 1 - crop[..., 3:]

@@ -149,6 +149,17 @@ def test_saving_refuses_what_loading_would(tmp_path, micro_pipeline):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["backbone.safetensors", "pipeline.json"]
 
 
+def test_saving_without_loss(tmp_path, micro_pipeline):
+    """Half precision for the tensors that it holds exactly."""
+    module = torch.nn.Linear(2, 2)
+    module.weight.data = torch.tensor([[0.5, -2.0], [2.0**-24, 0.0]])  # the smallest number of half precision too
+    module.bias.data = torch.tensor([0.1, 1e6])
+    store.save_pipeline(tmp_path, store.read_config(micro_pipeline), {"backbone": module}, dtype=None)
+    saved = load_file(tmp_path / "backbone.safetensors")
+    assert {name: tensor.dtype for name, tensor in saved.items()} == {"weight": torch.float16, "bias": torch.float32}
+    assert all(torch.equal(saved[name].float(), tensor) for name, tensor in module.state_dict().items())
+
+
 def test_embedded_pipelines_are_complete():
     for name in locate.embedded_names():
         config = store.read_config(locate.EMBEDDED / name)

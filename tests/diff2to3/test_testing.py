@@ -141,6 +141,30 @@ class FlatTokens(Extractor):
         return feature_map.flatten(1)
 
 
+class WithCondition(Extractor):
+    """One that keeps the contract too: what the pipeline gives to the models is more than the feature map."""
+
+    def condition(self, images):
+        tokens = self.tokens(self(images)).flatten(1, 2)
+        return torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)[:, None]
+
+
+class FlatCondition(Extractor):
+    def condition(self, images):
+        return self.tokens(self(images)).flatten(1, 2)
+
+
+class WideCondition(Extractor):
+    def condition(self, images):
+        return self.tokens(self(images)).repeat(1, 1, 1, 2)
+
+
+class BatchCondition(Extractor):
+    def condition(self, images):
+        tokens = self.tokens(self(images))
+        return tokens - tokens.mean(dim=0, keepdim=True)
+
+
 class Blind(Extractor):
     def forward(self, images):
         return super().forward(torch.zeros_like(images))
@@ -161,6 +185,9 @@ EXTRACTOR_FAILURES = [
     ("test_shapes", WrongShape),
     ("test_shapes", Integers),
     ("test_shapes", FlatTokens),
+    ("test_shapes", FlatCondition),
+    ("test_shapes", WideCondition),
+    ("test_batch_independent", BatchCondition),
     ("test_sees_the_image", Blind),
 ]
 
@@ -173,7 +200,8 @@ def test_extractor_check_can_fail(check, broken):
 
 @pytest.mark.parametrize("check", sorted({check for check, _ in EXTRACTOR_FAILURES}))
 def test_extractor_check_can_pass(check):
-    getattr(FeatureExtractorContract(), check)(Extractor())
+    for extractor in (Extractor, WithCondition):
+        getattr(FeatureExtractorContract(), check)(extractor())
 
 
 class Structure(nn.Module):

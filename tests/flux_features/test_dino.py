@@ -50,6 +50,15 @@ def test_tokens_before_the_last_norm(dino, folder):
 
 
 @torch.no_grad()
+def test_condition_with_and_without_extra_tokens(dino, folder):
+    images = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(dino.condition(images), dino.tokens(dino(images)))
+    longer = DinoFeatures(DinoFeaturesConfig(source=str(folder), image_size=56, extra_tokens=True))
+    assert longer.condition(images).shape == (2, 1, 1 + 4 + 16, 32)
+    assert torch.equal(longer.condition(images)[:, 0], dino.sequence(images))
+
+
+@torch.no_grad()
 def test_patches_in_reading_order(dino):
     """What changes in one corner of the picture changes that corner's feature most."""
     image = torch.full((1, 3, 56, 56), 0.5)
@@ -87,9 +96,29 @@ def test_errors(folder, tmp_path, monkeypatch):
     save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"1 tensors are missing, first {lost}"):
         load(tmp_path)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no DINOv2 weights there"):  # a pickle can run any program
+        load(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'flux-features\[dino\]'"):
         load(folder)
+
+
+def test_what_is_missing_is_known_without_loading(folder, tmp_path, monkeypatch):
+    def reason(source):
+        return DinoFeatures.is_available(DinoFeaturesConfig(source=str(source)))
+
+    assert reason(folder) is None
+    assert "no such directory" in reason(tmp_path / "none")
+    assert "expected config.json and model.safetensors" in reason(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text("{")
+    assert "not a JSON file" in reason(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    assert "is a 'vit', expected" in reason(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'flux-features[dino]'" in reason(folder)
 
 
 def test_default_is_the_network_of_trellis():
@@ -104,4 +133,6 @@ def test_contract(folder):
     checks = [name for name in dir(contract) if name.startswith("test_")]
     assert len(checks) > 8
     for name in checks:
-        getattr(contract, name)(DinoFeatures(DinoFeaturesConfig(source=str(folder), image_size=56)))
+        for extra in (False, True):
+            config = DinoFeaturesConfig(source=str(folder), image_size=56, extra_tokens=extra)
+            getattr(contract, name)(DinoFeatures(config))

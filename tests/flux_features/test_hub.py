@@ -95,16 +95,17 @@ def test_errors_of_the_hub(hub, monkeypatch):
         FluxFeatures.from_pretrained("owner/flux", SMALL_KL)
 
 
-def test_dino_is_announced_too(hub, monkeypatch, caplog):
-    transformers = pytest.importorskip("transformers")
-
-    def stop(**where):
-        raise OSError("stop here")
-
-    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", stop)
-    with pytest.raises(FileNotFoundError), caplog.at_level(logging.WARNING, "flux_features"):
+def test_dino_is_announced_too(hub, caplog):
+    pytest.importorskip("transformers")
+    with pytest.raises(FileNotFoundError, match="no DINOv2 weights there"), caplog.at_level("WARNING", "flux_features"):
         DinoFeatures(DinoFeaturesConfig())
-    assert "downloading facebook/dinov2-with-registers-large from the Hugging Face Hub" in caplog.text
+    source = DinoFeaturesConfig().source
+    assert f"downloading {source} from the Hugging Face Hub" in caplog.text
+    assert hub.downloaded == [(source, "config.json", None), (source, "model.safetensors", None)]
+    assert DinoFeatures.is_available(DinoFeaturesConfig()).startswith(f"{source} is not on this machine: run 'hf")
+    hub.cached |= {(source, file) for file in ("config.json", "model.safetensors")}
+    assert DinoFeatures.is_available(DinoFeaturesConfig()) is None
+    assert len(hub.downloaded) == 2
     hub.gated = "auto"
     with pytest.raises(PermissionError, match="then run 'hf download owner/dino'"):
         DinoFeatures(DinoFeaturesConfig(source="owner/dino"))

@@ -226,6 +226,9 @@ def test_presets_fit_the_autoencoders():
         (lambda: StructureDiTConfig(grid_size=5, patch_size=2, width=8, num_heads=2, num_blocks=1), "patch_size=2"),
         (lambda: StructureFlowConfig.model_validate(
             {**StructureFlowConfig.preset("tiny").model_dump(), "decoder": {"grid_size": 64}}), "the decoder reads"),
+        (lambda: StructureFlowConfig(
+            flow=StructureDiTConfig.preset("tiny").model_copy(update={"out_channels": 4}),
+            decoder=StructureFlowConfig.preset("tiny").decoder), "takes 8 channels and returns 4: no velocity"),
     ],
 )  # fmt: skip
 def test_configs_say_what_is_wrong(build, message):

@@ -83,8 +83,17 @@ def test_nothing_may_be_missing_or_left_over(make, tmp_path, awake):
         load_trellis(write(tmp_path, name, {**args, "pe_mode": "rope"}, state))
     with pytest.raises(ValueError, match="'SLatEncoder', expected one of SLatFlowModel"):
         load_trellis(write(tmp_path, "SLatEncoder", args, state))
+    with pytest.raises(ValueError, match="lack 'resolution'"):
+        load_trellis(write(tmp_path, name, {k: v for k, v in args.items() if k != "resolution"}, state))
+    with pytest.raises(ValueError, match="are of the wrong type"):
+        load_trellis(write(tmp_path, name, {**args, "model_channels": "64", "num_heads": None}, state))
     with pytest.raises(FileNotFoundError, match="is missing"):
         load_trellis(tmp_path / "other")
+
+
+def test_variants_of_the_training_code_are_the_same_models(tmp_path, awake):
+    model, name, args, state = sparse_checkpoint(awake)
+    assert load_trellis(write(tmp_path, f"Elastic{name}", args, state)).config == model.config
 
 
 def test_wrong_position_table_is_refused(tmp_path, awake):

@@ -13,6 +13,8 @@ from sparse_vae import (
     from_trellis_config,
     from_trellis_state_dict,
     load_trellis,
+    read_trellis,
+    trellis_files,
 )
 from sparse_vae._gaussians import offset_start
 
@@ -194,4 +196,38 @@ def test_what_does_not_fit_is_explained(tmp_path):
         load_trellis(tmp_path / name)
     (tmp_path / f"{name}.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="is missing"):
+        load_trellis(tmp_path / name)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    name = "ss_dec_conv3d_16l8_fp16"
+    state, _ = write(tmp_path, name)
+    description, weights = (tmp_path / f"{name}.{suffix}" for suffix in ("json", "safetensors"))
+    assert trellis_files(tmp_path / name) == trellis_files(weights) == (description, weights)
+    read, tensors = read_trellis(tmp_path / name)
+    assert read["name"] == "SparseStructureDecoder"
+    assert tensors.keys() == state.keys()
+    whole = weights.read_bytes()
+    for keep in (0, 4, 1000, len(whole) - 1):
+        weights.write_bytes(whole[:keep])
+        with pytest.raises(ValueError, match="is damaged or truncated, not a whole safetensors file"):
+            load_trellis(tmp_path / name)
+    torch.save(state, weights)
+    with pytest.raises(ValueError, match=r"safetensors is a pickle, which can run any program when it is read"):
+        load_trellis(tmp_path / name)
+    weights.rename(tmp_path / f"{name}.pt")
+    for path in (tmp_path / name, tmp_path / f"{name}.pt"):
+        with pytest.raises(ValueError, match=r"\.pt is a pickle, which can run any program when it is read"):
+            load_trellis(path)
+    weights.write_bytes(whole)
+    for text, message in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "does not describe"),
+        ('{"name": "x"}', "expected {"),
+    ):
+        description.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_trellis(tmp_path / name)
+    description.write_text('{"name": "SparseStructureDecoder", "args": {"channels": [16, 4]}}')
+    with pytest.raises(ValueError, match="the arguments of SparseStructureDecoder lack 'latent_channels'"):
         load_trellis(tmp_path / name)

@@ -71,8 +71,7 @@ def check_fit(components: Mapping[str, Any]) -> dict[str, Any]:
     if sorted(components) != sorted(expected):
         raise ComponentError(f"got components for {sorted(components)}; expected one for each of {expected}")
     checked = {role.name: check(role, components[role.name], role.name) for role in PIPELINE_ROLES}
-    extractor, structure = checked["feature_extractor"], checked["structure"]
-    backbone, decoder = checked["backbone"].config, checked["latent_decoder"].config
+    extractor, structure, backbone = checked["feature_extractor"], checked["structure"], checked["backbone"].config
     channels = _token_channels(extractor)
     for role, wanted in (("structure", structure.condition_channels), ("backbone", backbone.condition_channels)):
         if wanted != channels:
@@ -80,14 +79,20 @@ def check_fit(components: Mapping[str, Any]) -> dict[str, Any]:
                 f"the feature extractor {type(extractor).__name__} gives tokens of {channels} channels, but the {role} "
                 f"{type(checked[role]).__name__} was made for {wanted}; use the one it was trained with"
             )
+    check_models_fit(structure, backbone, checked["latent_decoder"].config)
+    return checked
+
+
+def check_models_fit(structure: Any, backbone: Any, decoder: Any) -> None:
+    """Raise a `ComponentError` where stage 1, stage 2's config and the latent decoder's do not fit together."""
     for what, left, right in (
+        ("condition channels: structure and backbone", structure.condition_channels, backbone.condition_channels),
         ("grid size: structure and backbone", structure.grid_size, backbone.grid_size),
         ("grid size: backbone and latent decoder", backbone.grid_size, decoder.grid_size),
         ("latent channels: backbone and latent decoder", backbone.latent_channels, decoder.latent_channels),
     ):
         if left != right:
             raise ComponentError(f"{what} do not fit together: {left} and {right}")
-    return checked
 
 
 def _from_directory(role: Role[Any], own: ComponentConfig, directory: Path) -> Any:

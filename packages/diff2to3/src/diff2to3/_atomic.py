@@ -64,6 +64,30 @@ def output_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def expect_new(path: Path) -> None:
+    """Raise an `InputError` where there is something at `path`."""
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} exists; expected the name of a folder to make")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when not.
+
+    Raises:
+        InputError: there is something at `path`, or nothing can be written there.
+    """
+    expect_new(path)
+    with output_folder(path.absolute().parent) as parent:
+        folder = parent / f".{os.getpid()}-tmp-{path.name}"
+        folder.mkdir()
+        try:
+            yield folder
+            folder.rename(path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def staging(directory: Path, name: str) -> Iterator[Path]:
     """A temporary folder inside `directory` whose files move there when the block ends well, and vanish when not."""

@@ -19,16 +19,17 @@ ALPHA_THRESHOLD = 0.5
 RGBA = Image.Image | np.ndarray
 
 
-def condition_image(rgba: RGBA, size: int) -> Float[np.ndarray, "{size} {size} 3"]:
+def condition_image(rgba: RGBA, size: int, background: float = 1.0) -> Float[np.ndarray, "{size} {size} 3"]:
     """Crop an object squarely, composite it on white and resize it: the image that the models see.
 
     The crop is a square of `CROP_MARGIN` x the longer side of the box of pixels with alpha >= `ALPHA_THRESHOLD`,
-    centred on that box; what lies outside the picture is white. Resizing is antialiased (bicubic) and done on
+    centred on that box; what lies outside the picture is background. Resizing is antialiased (bicubic) and done on
     premultiplied colour.
 
     Args:
         rgba: picture with straight alpha, sRGB: a PIL image, or an array [H, W, 4], uint8 in 0..255 or float in [0, 1].
         size: side of the result in pixels.
+        background: grey behind the object, 1 is white. Models trained elsewhere may want another: TRELLIS's see black.
 
     Returns:
         float32 array [size, size, 3], RGB in [0, 1], sRGB as displayed.
@@ -37,7 +38,8 @@ def condition_image(rgba: RGBA, size: int) -> Float[np.ndarray, "{size} {size} 3
         ValueError: no alpha channel, wrong shape or type, values outside [0, 1] or not finite, or no object pixel.
     """
     planes = _square_crop(rgba, size)
-    return np.ascontiguousarray(np.clip(planes[:3] + (1.0 - planes[3]), 0.0, 1.0).transpose(1, 2, 0))
+    composite = planes[:3] + np.float32(background) * (1.0 - planes[3])
+    return np.ascontiguousarray(np.clip(composite, 0.0, 1.0).transpose(1, 2, 0))
 
 
 def object_crop(rgba: RGBA, size: int) -> Float[np.ndarray, "{size} {size} 4"]:

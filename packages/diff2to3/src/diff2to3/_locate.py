@@ -37,7 +37,7 @@ def locate(source: str | os.PathLike[str] | None) -> Path:
     text = os.fspath(source)
     if (EMBEDDED / text / CONFIG_NAME).is_file() and "/" not in text:
         return EMBEDDED / text
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/"):
+    if is_hub_id(text):
         return _from_hub(text)
     raise PipelineFormatError(
         f"no pipeline {text!r}; expected a directory, a Hub id 'owner/name', or one of the embedded ones: "
@@ -48,6 +48,11 @@ def locate(source: str | os.PathLike[str] | None) -> Path:
 def embedded_names() -> list[str]:
     """Names of the pipelines inside this installation."""
     return sorted(path.parent.name for path in EMBEDDED.glob(f"*/{CONFIG_NAME}"))
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text that is no directory here can be ``owner/name`` on the Hub."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
 
 
 def file_sha256(path: Path) -> str:

@@ -197,10 +197,13 @@ class Pipeline:
         counts = {len(views) for views in pictures}
         if len(counts) != 1 or 0 in counts:
             raise ImageInputError(f"every object of a batch needs the same number of pictures, got {sorted(counts)}")
-        size = self.feature_extractor.image_size
-        flat = [_condition(view, size) for views in pictures for view in views]
+        extractor = self.feature_extractor
+        size, background = extractor.image_size, self.config.condition_background
+        flat = [_condition(view, size, background) for views in pictures for view in views]
         batch = torch.stack(flat).to(device=self.device, dtype=self.dtype)
-        return self.feature_extractor.tokens(self.feature_extractor(batch)).unflatten(0, (len(pictures), -1))
+        own = getattr(extractor, "condition", None)
+        tokens = extractor.tokens(extractor(batch)) if own is None else own(batch)
+        return tokens.unflatten(0, (len(pictures), -1))
 
     def initial_noise(self, voxels: Sequence[Int[Tensor, "l 3"]], seed: int, sample: int = 0) -> SparseTensor:
         """float32 noise on the occupied voxels; it depends on (seed, sample, voxel) alone."""
@@ -250,9 +253,9 @@ def _as_views(entry: Any) -> list[Any]:
     return views
 
 
-def _condition(picture: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
+def _condition(picture: Image.Image, size: int, background: float) -> Float[Tensor, "3 size size"]:
     try:
-        return torch.from_numpy(condition_image(picture, size)).permute(2, 0, 1)
+        return torch.from_numpy(condition_image(picture, size, background)).permute(2, 0, 1)
     except ValueError as error:
         raise ImageInputError(str(error)) from error
 

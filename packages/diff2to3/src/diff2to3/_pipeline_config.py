@@ -35,6 +35,7 @@ class PipelineConfig(BaseModel):
         description: a sentence for people.
         frame: frame the objects were trained in: ``"canonical"``, or ``"view-snapped"`` (yaw turned by multiples of 90
             degrees so that the condition camera is within 45 degrees of the front).
+        condition_background: grey behind the object in the condition image, 0 black to 1 white, as in training.
         roles: role -> component. Matting and renderer may be left out; the models may not.
         sampler: integration of the latent flow; stage 1 keeps its own in its config.
     """
@@ -45,6 +46,7 @@ class PipelineConfig(BaseModel):
     name: str
     description: str = ""
     frame: Literal["canonical", "view-snapped"] = "canonical"
+    condition_background: float = Field(default=1.0, ge=0, le=1)
     roles: dict[str, ComponentConfig]
     sampler: SamplerConfig = SamplerConfig()
 

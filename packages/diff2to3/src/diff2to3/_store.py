@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from diff2to3._atomic import replacing
 from diff2to3._errors import InputError, PipelineFormatError
@@ -31,7 +31,12 @@ def read_config(directory: Path) -> PipelineConfig:
     """
     path = directory / CONFIG_NAME
     try:
-        return PipelineConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(contents, dict) and contents.get("name") == "TrellisImageTo3DPipeline" and "args" in contents:
+            raise PipelineFormatError(
+                f"{path} is TRELLIS's own: 'diff2to3 import-trellis {directory} DST' makes ours of it"
+            )
+        return PipelineConfig.model_validate(contents)
     except FileNotFoundError as error:
         raise PipelineFormatError(f"{directory} is not a pipeline: it has no {CONFIG_NAME}") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -78,7 +83,7 @@ def save_pipeline(
     directory: str | os.PathLike[str],
     config: PipelineConfig,
     modules: Mapping[str, nn.Module],
-    dtype: torch.dtype | str = torch.float16,
+    dtype: torch.dtype | str | None = torch.float16,
 ) -> None:
     """Write a pipeline directory.
 
@@ -86,30 +91,39 @@ def save_pipeline(
         directory: made if missing; files of the same names are replaced, each at once.
         config: becomes ``pipeline.json``.
         modules: role -> module whose parameters and persistent buffers become ``<role>.safetensors``.
-        dtype: of the stored floating-point tensors.
+        dtype: of the stored floating-point tensors; None halves those that lose nothing by it and keeps the others.
 
     Raises:
         ValueError: a role that `config` does not have, or weights that are not finite in `dtype`.
+        OSError: a file cannot be written.
     """
     directory = Path(directory)
     if unknown := sorted(set(modules) - {role.name for role in PIPELINE_ROLES}):
         raise ValueError(f"no such roles: {', '.join(unknown)}; expected {', '.join(r.name for r in PIPELINE_ROLES)}")
-    dtype = parse_dtype(dtype)
+    dtype = None if dtype is None else parse_dtype(dtype)
     directory.mkdir(parents=True, exist_ok=True)
     for role, module in modules.items():
-        state = {
-            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-            for name, tensor in module.state_dict().items()
-        }
+        state = {name: _stored(tensor, dtype) for name, tensor in module.state_dict().items()}
         for name, tensor in state.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{role}: tensor {name} is not finite as {dtype}; it cannot be saved")
+                raise ValueError(f"{role}: tensor {name} is not finite as {tensor.dtype}; it cannot be saved")
         if state:
             with replacing(weights_path(directory, role)) as temporary:
-                save_file(state, temporary)
+                try:
+                    save_file(state, temporary)
+                except SafetensorError as error:  # how it reports a full disk
+                    raise OSError(" ".join(str(error).split())) from error
     text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
     with replacing(directory / CONFIG_NAME) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        half = tensor.to(dtype or torch.float16)
+        tensor = half if dtype is not None or torch.equal(half.to(tensor.dtype), tensor) else tensor
+    return tensor.contiguous()
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:

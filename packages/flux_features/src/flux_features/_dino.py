@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from flux_features._hub import announce, in_cache, terms_of
+from flux_features._hub import hub_files, in_cache
 
 _FILES = ["config.json", "model.safetensors"]
 _MODEL_TYPE = "dinov2_with_registers"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_INSTALL = "DinoFeatures needs transformers: pip install 'flux-features[dino]'"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -26,6 +31,7 @@ class DinoFeaturesConfig(BaseModel):
             with 4 registers (304 M parameters, Apache-2.0).
         revision: Hub revision, for Hub ids.
         image_size: side in pixels of the square condition image; a multiple of the patch size.
+        extra_tokens: the condition holds the class token and the registers too, as TRELLIS's flows were trained.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +39,7 @@ class DinoFeaturesConfig(BaseModel):
     source: str = "facebook/dinov2-with-registers-large"
     revision: str | None = None
     image_size: int = Field(default=518, ge=1)
+    extra_tokens: bool = False
 
 
 class DinoFeatures(nn.Module):
@@ -40,7 +47,8 @@ class DinoFeatures(nn.Module):
 
     The features are the patch tokens before the network's last norm (``x_prenorm``), as TRELLIS lifts them
     (``dataset_toolkits/extract_feature.py``); as condition it takes them with a norm over channels
-    (``trellis/pipelines/trellis_image_to_3d.py``), the class and register tokens included: :meth:`sequence`.
+    (``trellis/pipelines/trellis_image_to_3d.py``), the class and register tokens included: :meth:`sequence`, which
+    :meth:`condition` gives when the config asks for ``extra_tokens``.
 
     Shapes: images ``[B, 3, H, W]`` float RGB in [0, 1]; feature map ``[B, C, ceil(H / 14), ceil(W / 14)]``, of the
     default network ``[B, 1024, 37, 37]`` at 518 px. Sides that are not multiples of the patch are padded at the right
@@ -67,6 +75,30 @@ class DinoFeatures(nn.Module):
         if config.image_size % self.stride:
             raise ValueError(f"image_size = {config.image_size}: expected a multiple of the patch, {self.stride} px")
 
+    @staticmethod
+    def is_available(config: DinoFeaturesConfig) -> str | None:
+        """None when the weights are on this machine; else what is missing and what to do. Downloads nothing."""
+        if find_spec("transformers") is None:
+            return _INSTALL
+        folder = Path(config.source)
+        if not folder.is_dir():
+            if not _HUB_ID.fullmatch(config.source):
+                return f"{config.source}: no such directory, and not a Hub id such as 'owner/name'"
+            if in_cache(config.source, _FILES, config.revision):
+                return None
+            return (
+                f"{config.source} is not on this machine: run 'hf download {config.source}', or name a directory that "
+                "has its files"
+            )
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            return f"{folder}: no DINOv2 weights there: expected config.json and model.safetensors"
+        try:
+            stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{folder / 'config.json'}: not a JSON file ({error})"
+        found = stated.get("model_type") if isinstance(stated, dict) else None
+        return None if found == _MODEL_TYPE else f"{folder}: is a {found!r}, expected {_MODEL_TYPE!r}"
+
     @property
     def image_size(self) -> int:
         """Side in pixels of the condition image."""
@@ -81,6 +113,10 @@ class DinoFeatures(nn.Module):
     def tokens(self, feature_map: Float[Tensor, "B C h w"]) -> Float[Tensor, "B h w C"]:
         """Condition tokens, one a patch, normalised over their channels."""
         return _normalise(feature_map.permute(0, 2, 3, 1))
+
+    def condition(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B rows columns C"]:
+        """What the flow models see: the patches' tokens on their grid, or with ``extra_tokens`` one row of them all."""
+        return self.sequence(images)[:, None] if self.config.extra_tokens else self.tokens(self(images))
 
     def sequence(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B T C"]:
         """TRELLIS's condition: class token, registers and patches (1374 at 518 px), normalised over their channels."""
@@ -105,16 +141,17 @@ def _load(config: DinoFeaturesConfig) -> Any:
     try:
         transformers: Any = import_module("transformers")
     except ImportError as error:
-        raise ImportError("DinoFeatures needs transformers: pip install 'flux-features[dino]'") from error
-    _announce(config)
-    where = {"pretrained_model_name_or_path": config.source, "revision": config.revision or "main"}
+        raise ImportError(_INSTALL) from error
+    folder = _folder(config)
     try:
-        stated, _ = transformers.PretrainedConfig.get_config_dict(**where)
+        stated, _ = transformers.PretrainedConfig.get_config_dict(folder)
         if not stated:
             raise FileNotFoundError("no config.json")
         if stated.get("model_type") != _MODEL_TYPE:
             raise ValueError(f"{config.source}: is a {stated.get('model_type')!r}, expected {_MODEL_TYPE!r}")
-        model, report = transformers.Dinov2WithRegistersModel.from_pretrained(**where, output_loading_info=True)
+        model, report = transformers.Dinov2WithRegistersModel.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True
+        )
     except OSError as error:
         raise FileNotFoundError(f"{config.source}: no DINOv2 weights there ({str(error).splitlines()[0]})") from error
     if missing := sorted(report["missing_keys"]):
@@ -123,9 +160,9 @@ def _load(config: DinoFeaturesConfig) -> Any:
     return model.eval()
 
 
-def _announce(config: DinoFeaturesConfig) -> None:
-    """Name the licence before a download, which transformers would start without a word."""
-    if Path(config.source).is_dir() or in_cache(config.source, _FILES, config.revision):
-        return
-    terms = terms_of(config.source, config.revision)
-    announce(config.source, terms, False, f"run 'hf download {config.source}'")
+def _folder(config: DinoFeaturesConfig) -> Path:
+    """The directory of the weights; what neither a directory nor the Hub's cache has is downloaded, with a word."""
+    if Path(config.source).is_dir():
+        return Path(config.source)
+    remedy = f"run 'hf download {config.source}'"
+    return hub_files(config.source, _FILES, config.revision, accept_licence=False, remedy=remedy)[0].parent

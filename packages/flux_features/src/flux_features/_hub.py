@@ -72,7 +72,9 @@ def announce(repository: str, terms: Terms, accept_licence: bool, remedy: str) -
     _log.warning("downloading %s from the Hugging Face Hub; licence of the weights: %s", repository, terms.licence)
 
 
-def hub_files(repository: str, files: list[str], revision: str | None, accept_licence: bool) -> list[Path]:
+def hub_files(
+    repository: str, files: list[str], revision: str | None, accept_licence: bool, remedy: str | None = None
+) -> list[Path]:
     """Paths of files of a repository; what the local cache has is used as it is, without asking the Hub.
 
     Args:
@@ -80,6 +82,7 @@ def hub_files(repository: str, files: list[str], revision: str | None, accept_li
         files: paths inside it.
         revision: Hub revision; None is its main branch, or what the cache holds of that.
         accept_licence: see :func:`announce`.
+        remedy: see :func:`announce`; None names the ways of the FLUX autoencoders.
 
     Raises:
         PermissionError: the Hub asks for consent to a licence that was not given here, or not there.
@@ -88,7 +91,7 @@ def hub_files(repository: str, files: list[str], revision: str | None, accept_li
     """
     cached = in_cache(repository, files, revision)
     if not cached:
-        remedy = f"pass accept_licence=True, or run 'python -m flux_features download {repository}'"
+        remedy = remedy or f"pass accept_licence=True, or run 'python -m flux_features download {repository}'"
         announce(repository, terms_of(repository, revision), accept_licence, remedy)
     return [_download(repository, file, revision, cached) for file in files]
 
@@ -106,7 +109,8 @@ def _download(repository: str, file: str, revision: str | None, cached: bool) ->
         ) from error
     except LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"{repository}: {file} is not in the local cache and the Hub cannot be reached"
+            f"{repository}: {file} is not in the local cache and the Hub cannot be reached: run "
+            f"'hf download {repository}' when it can be, or name a directory that has the files"
         ) from error
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"{repository}: cannot get {file} from the Hub ({_first_line(error)})") from error

@@ -254,6 +254,8 @@ class StructureFlowConfig(_Config):
         decoder = (self.decoder.latent_size, self.decoder.latent_channels)
         if flow != decoder:
             raise ValueError(f"flow has (grid_size, latent_channels) = {flow}, but the decoder reads {decoder}")
+        if isinstance(self.flow, StructureDiTConfig) and self.flow.out_channels not in (None, decoder[1]):
+            raise ValueError(f"flow takes {decoder[1]} channels and returns {self.flow.out_channels}: no velocity")
         return self
 
     @classmethod

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from sparse_vae import read_trellis
 from torch import Tensor
 
 from smdit._config import CrossDiTConfig, StructureDiTConfig
@@ -68,27 +66,26 @@ def load_trellis(path: str | os.PathLike[str]) -> CrossDiT | StructureDiT:
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: a model or an argument that is not supported, or weights that do not fit.
+        ValueError: files that are damaged or pickled, a model or an argument that is not supported, or weights that do
+            not fit.
     """
-    stem = Path(path)
-    if stem.suffix in (".json", ".safetensors"):
-        stem = stem.with_suffix("")
-    config_file, weights_file = (stem.with_name(stem.name + suffix) for suffix in (".json", ".safetensors"))
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: a TRELLIS checkpoint is a .json and a .safetensors file")
-    description = json.loads(config_file.read_text())
+    description, tensors = read_trellis(path)
     loaders: dict[str, Callable[[Mapping, Mapping], CrossDiT | StructureDiT]] = {
         "SLatFlowModel": cross_dit_from_trellis,
         "SparseStructureFlowModel": structure_dit_from_trellis,
     }
-    name = description.get("name")
+    # "Elastic" variants differ in the memory management of their training only.
+    name = str(description["name"]).removeprefix("Elastic")
     if name not in loaders:
-        raise ValueError(f"{config_file} describes {name!r}, expected one of {', '.join(loaders)}")
+        raise ValueError(f"{path} is {description['name']!r}, expected one of {', '.join(loaders)}")
     try:
-        model = loaders[name](description["args"], load_file(weights_file))
+        model = loaders[name](description["args"], tensors)
+    except KeyError as error:
+        raise ValueError(f"{path}: the arguments of {name} lack {error}") from error
+    except TypeError as error:
+        raise ValueError(f"{path}: the arguments of {name} are of the wrong type: {error}") from error
     except RuntimeError as error:
-        raise ValueError(f"the weights in {weights_file} do not fit {config_file.name}: {error}") from error
+        raise ValueError(f"{path}: the weights do not fit the description beside them: {error}") from error
     return model.eval()
 
 

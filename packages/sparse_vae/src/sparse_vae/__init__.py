@@ -40,3 +40,5 @@ from sparse_vae._topology import Topology as Topology
 from sparse_vae._trellis import from_trellis_config as from_trellis_config
 from sparse_vae._trellis import from_trellis_state_dict as from_trellis_state_dict
 from sparse_vae._trellis import load_trellis as load_trellis
+from sparse_vae._trellis import read_trellis as read_trellis
+from sparse_vae._trellis import trellis_files as trellis_files

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,6 +42,9 @@ _DECODER_KEYS = (*_STRUCTURE_KEYS, (r"blocks\.(\d+)\.conv\.(weight|bias)", r"lev
 # Arguments that do not change what a model computes in the precision chosen here.
 _IGNORED = {"use_fp16", "use_checkpoint", "pe_mode"}
 
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+_WHY_NO_PICKLE = "is a pickle, which can run any program when it is read: only safetensors files are"
+
 
 def load_trellis(path: str | os.PathLike[str], grid_size: int = 64) -> TrellisModel:
     """Load an autoencoder half from TRELLIS's files, such as `ckpts/slat_dec_gs_swin8_B_64l8gs32_fp16`.
@@ -54,23 +58,70 @@ def load_trellis(path: str | os.PathLike[str], grid_size: int = 64) -> TrellisMo
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: a model or an argument that is not supported, or weights that do not fit.
+        ValueError: files that are damaged or pickled, a model or an argument that is not supported, or weights that do
+            not fit.
+    """
+    description, tensors = read_trellis(path)
+    try:
+        model = from_trellis_config(description, grid_size)
+        model.load_state_dict(from_trellis_state_dict(description, tensors))
+    except KeyError as error:
+        raise ValueError(f"{path}: the arguments of {description['name']} lack {error}") from error
+    except TypeError as error:
+        raise ValueError(f"{path}: the arguments of {description['name']} are of the wrong type: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the weights do not fit the description beside them: {error}") from error
+    return model.eval()
+
+
+def trellis_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The .json and the .safetensors file of a TRELLIS checkpoint, given either of them or their common path.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: the weights are there as a pickle only.
     """
     stem = Path(path)
-    if stem.suffix in (".json", ".safetensors"):
+    if stem.suffix in (".json", ".safetensors", *_PICKLES):
         stem = stem.with_suffix("")
-    config_file, weights_file = (stem.with_name(stem.name + suffix) for suffix in (".json", ".safetensors"))
-    for file in (config_file, weights_file):
+    files = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.safetensors")
+    for file in files:
+        pickled = [other for suffix in _PICKLES if (other := file.with_suffix(suffix)).is_file()]
+        if file.suffix == ".safetensors" and pickled and not file.is_file():
+            raise ValueError(f"{pickled[0]} {_WHY_NO_PICKLE}")
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: a TRELLIS checkpoint is a .json and a .safetensors file")
-    description = json.loads(config_file.read_text())
-    model = from_trellis_config(description, grid_size)
-    state = from_trellis_state_dict(description, load_file(weights_file))
+    return files
+
+
+def read_trellis(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the two files of a TRELLIS checkpoint hold, for any of its models.
+
+    Args:
+        path: as in `load_trellis`.
+
+    Returns:
+        {"name": class name in TRELLIS, "args": its constructor's arguments}, and the tensors by TRELLIS's names.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: one of them is damaged, or the weights are pickled.
+    """
+    config_file, weights_file = trellis_files(path)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {weights_file} do not fit {config_file.name}: {error}") from error
-    return model.eval()
+        description = json.loads(config_file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{config_file} cannot be read as JSON: {error}") from error
+    if not isinstance(description, dict) or not isinstance(description.get("args"), dict) or "name" not in description:
+        raise ValueError(f"{config_file} does not describe a model of TRELLIS: expected {{name, args}}")
+    try:
+        return description, load_file(weights_file)
+    except SafetensorError as error:
+        with weights_file.open("rb") as file:
+            start = file.read(2)
+        if start == b"PK" or start[:1] == b"\x80":  # a zip as torch.save writes it, or a bare pickle
+            raise ValueError(f"{weights_file} {_WHY_NO_PICKLE}") from error
+        raise ValueError(f"{weights_file} is damaged or truncated, not a whole safetensors file: {error}") from error
 
 
 def from_trellis_config(description: Mapping[str, Any], grid_size: int = 64) -> TrellisModel:

@@ -20,6 +20,7 @@ _COMMANDS = {
     "view": ("diff2to3._cli._files:view", "Show a splat file in the browser."),
     "convert": ("diff2to3._cli._files:convert", "Write a splat file in another format."),
     "info": ("diff2to3._cli._files:info", "Describe a splat file or a pipeline directory."),
+    "import-trellis": ("diff2to3._cli._trellis:import_trellis", "Make a pipeline of TRELLIS's published models."),
     "plugins": ("diff2to3._cli._listing:plugins", "List the components that can be chosen."),
     "doctor": ("diff2to3._cli._listing:doctor", "Say what works on this machine, and what not and why."),
     "data": ("diff2to3.data._cli:data", "Prepare training data."),
@@ -68,6 +69,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _warn
     _show_log("gs_render")
+    _show_log("flux_features")
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -29,7 +29,11 @@ class Matting(Protocol):
 
 
 class FeatureExtractor(Protocol):
-    """Turns condition images into the feature maps and tokens that the flow models see. A `torch.nn.Module`."""
+    """Turns condition images into the feature maps and tokens that the flow models see. A `torch.nn.Module`.
+
+    One whose condition is more than its feature map (class tokens, registers) has besides a method
+    `condition(images) -> [B, rows, columns, channels]`, which a pipeline then calls instead of `tokens(self(images))`.
+    """
 
     channels: int
     """C, channels of the feature map."""

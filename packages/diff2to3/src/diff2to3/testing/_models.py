@@ -23,24 +23,31 @@ class FeatureExtractorContract(ComponentContract):
     def run(self, component: Any, seeds: Sequence[int]) -> list[list[Tensor]]:
         size = component.image_size
         images = torch.stack([torch.rand(3, size, size, generator=generator(seed)) for seed in seeds])
-        features = component(images.to(device_of(component)))
-        return [list(pair) for pair in zip(features, component.tokens(features), strict=True)]
+        images = images.to(device_of(component))
+        features = component(images)
+        outputs = [features, component.tokens(features)]
+        if hasattr(component, "condition"):
+            outputs.append(component.condition(images))
+        return [list(row) for row in zip(*outputs, strict=True)]
 
     def test_shapes(self, component: Any) -> None:
         """Feature maps are [B, channels, size / stride, size / stride], tokens [B, rows, columns, channels], float."""
         component.eval()
-        [[features, tokens]] = self.run(component, [1])
+        [[features, tokens, *condition]] = self.run(component, [1])
         side = component.image_size // component.stride
         expected = (component.channels, side, side)
         assert tuple(features.shape) == expected, f"feature map is {list(features.shape)}, expected {list(expected)}"
         assert features.is_floating_point(), f"feature map is {features.dtype}, expected a float type"
         assert tokens.ndim == 3, f"tokens of one image are {list(tokens.shape)}, expected [rows, columns, channels]"
+        for given in condition:
+            assert given.ndim == 3, f"condition of one image is {list(given.shape)}, expected [rows, columns, channels]"
+            assert given.shape[-1] == tokens.shape[-1], f"condition has {given.shape[-1]} channels, tokens have others"
 
     @torch.no_grad()
     def test_sees_the_image(self, component: Any) -> None:
         """Another image gives other features."""
         component.eval()
-        [[a, _], [b, _]] = self.run(component, [1, 2])
+        [a, *_], [b, *_] = self.run(component, [1, 2])
         assert not torch.equal(a, b), "two different images gave the same features"
 
 
