@@ -129,11 +129,14 @@ def test_nothing_is_made_twice_across_sampling_steps(make_voxels, awake):
 
 
 @torch.no_grad()
-def test_models_of_other_options_do_not_share_tables(make_voxels, awake):
+@pytest.mark.parametrize("rotary", [{"theta": 100.0}, {"theta": (1e4, 1e4, 1e3)}, {"scaling": ("ntk", 2.0)}], ids=str)
+def test_models_of_other_options_do_not_share_tables(rotary, make_voxels, awake):
     x, t, condition = make_voxels([50], 16), torch.tensor([0.5]), condition_of(1)
-    first, second = awake(smdit()), awake(smdit(rotary={"theta": 100.0}))
-    first(x, t, condition)
+    first, second = awake(smdit()), awake(smdit(rotary=rotary))
+    plain = first(x, t, condition).features
     shared = second(x, t, condition).features
+    assert not torch.allclose(shared, plain, atol=1e-5)
+    assert SMDiTConfig.model_validate_json(second.config.model_dump_json()) == second.config
     fresh = SparseTensor.from_coords(x.topology.coords, x.features, 16)
     assert torch.equal(second(fresh, t, condition).features, shared)
 
