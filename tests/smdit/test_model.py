@@ -178,6 +178,27 @@ def test_weights_round_trip(tmp_path, make_voxels, awake):
     assert torch.equal(again(x, t, condition).features, model(x, t, condition).features)
 
 
+@pytest.mark.parametrize(
+    "build", [smdit, lambda: CrossDiT(CrossDiTConfig(**CROSS, position="rotary"))], ids=["smdit", "cross"]
+)
+@torch.no_grad()
+def test_models_can_be_averaged(build, make_voxels, awake):
+    """What training keeps is an exponential average, by PyTorch's own tool; it is a model like any other."""
+    model, decay = awake(build()), 0.75
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))
+    average.update_parameters(model)  # the first is a copy
+    expected = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.add_(0.1)
+    average.update_parameters(model)
+    for key, tensor in average.module.state_dict().items():
+        torch.testing.assert_close(tensor, decay * expected[key] + (1 - decay) * model.state_dict()[key])
+    x, t, condition = make_voxels([30], 16), torch.tensor([0.4]), condition_of(1)
+    again = build().eval()
+    again.load_state_dict(average.module.state_dict())
+    assert torch.equal(average(x, t, condition).features, again(x, t, condition).features)
+
+
 @torch.no_grad()
 def test_structure_dit_takes_image_tokens_in_both_forms(awake):
     config = StructureDiTConfig(grid_size=4, width=48, num_heads=2, num_blocks=1, condition_channels=12, patch_size=2)
