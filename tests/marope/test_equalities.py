@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from marope import AxialRoPE, MARoPE
+from marope import MARoPE
 
 SHARES = [(64, (16, 24, 24)), (128, (16, 56, 56))]
 
@@ -13,10 +13,10 @@ SHARES = [(64, (16, 24, 24)), (128, (16, 56, 56))]
 def test_equals_diffusers_flux(head_dim, axes_dim):
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     flux = pytest.importorskip("diffusers.models.transformers.transformer_flux")
-    ids = torch.cat([torch.zeros(5, 3), MARoPE(64, 9).plane(4, 6)[:, [2, 0, 1]]])
+    rope = MARoPE(head_dim, 9, axes_dim=axes_dim, plane_axis="-y", orientation=("-z", "+x"))
+    ids = torch.cat([rope.plane(4, 6), rope.plane(4, 6, index=1), rope.volume(torch.randint(0, 9, (40, 3)))])
     q, k = (torch.randn(2, len(ids), 3, head_dim) for _ in range(2))
     theirs = flux.FluxPosEmbed(theta=10000, axes_dim=list(axes_dim))(ids)
-    rope = AxialRoPE(head_dim, axes_dim)
     for got, x in zip(rope(q, k, ids), (q, k), strict=True):
         torch.testing.assert_close(got, embeddings.apply_rotary_emb(x, theirs, sequence_dim=1), atol=1e-6, rtol=1e-6)
 

@@ -16,15 +16,17 @@ ORIENTATIONS = [
     for columns in SIGNED
     if len({plane[1], rows[1], columns[1]}) == 3
 ]
+SCALINGS = [None, ("linear", 2.0), ("linear", (1.0, 2.0, 4.0)), ("ntk", 2.0), ("ntk", (2.0, 1.0, 3.0))]
 
 
 def complex_oracle(x, positions, axes_dim, theta):
     """Interleaved rotation as multiplication by a unit complex128 number, one channel pair at a time."""
     out = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()).clone()
+    bases = theta if isinstance(theta, tuple) else (theta,) * len(axes_dim)
     pair = 0
-    for axis, dim in enumerate(axes_dim):
+    for axis, (dim, base) in enumerate(zip(axes_dim, bases, strict=True)):
         for i in range(dim // 2):
-            angle = positions[..., axis].double() * theta ** (-2 * i / dim)
+            angle = positions[..., axis].double() * base ** (-2 * i / dim)
             out[..., pair] *= torch.polar(torch.ones_like(angle), angle)[..., None]
             pair += 1
     return torch.view_as_real(out).flatten(-2)
@@ -50,15 +52,31 @@ def test_equals_the_complex128_oracle_for_any_axes(axes, spare, theta, seed):
         torch.testing.assert_close(got.double(), complex_oracle(x, positions, axes, theta), atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize("scaling", SCALINGS[1:])
+def test_scaling_equals_the_oracle_on_scaled_positions_or_bases(scaling):
+    axes, theta = (16, 24, 22), (10000.0, 500.0, 100.0)
+    rope = AxialRoPE(64, axes, theta=theta, scaling=scaling)
+    q, k = random_qk(30, 2, 64)
+    positions = torch.randint(-9, 70, (30, 3), generator=torch.Generator().manual_seed(0))
+    method, factors = scaling[0], torch.tensor(scaling[1], dtype=torch.float64).expand(3)
+    if method == "linear":
+        expected = complex_oracle(q, positions / factors, axes, theta)
+    else:
+        bases = tuple(ntk_theta(*each) for each in zip(theta, factors.tolist(), axes, strict=True))
+        expected = complex_oracle(q, positions, axes, bases)
+    torch.testing.assert_close(rope(q, k, positions)[0].double(), expected, atol=2e-6, rtol=2e-6)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     shift=st.tuples(*[st.integers(-40, 40)] * 3),
     interleaved=st.booleans(),
-    theta=st.sampled_from([50.0, 10000.0]),
+    theta=st.sampled_from([50.0, 10000.0, (50.0, 10000.0, 300.0)]),
+    scaling=st.sampled_from(SCALINGS),
     seed=st.integers(0, 2**16),
 )
-def test_attention_scores_depend_on_relative_positions_only(shift, interleaved, theta, seed):
-    rope = MARoPE(head_dim=64, grid_size=16, interleaved=interleaved, theta=theta)
+def test_attention_scores_depend_on_relative_positions_only(shift, interleaved, theta, scaling, seed):
+    rope = MARoPE(head_dim=64, grid_size=16, interleaved=interleaved, theta=theta, scaling=scaling)
     q, k = random_qk(20, 3, 64, seed)
     positions = rope.volume(torch.randint(0, 16, (20, 3), generator=torch.Generator().manual_seed(seed)))
 
@@ -88,20 +106,23 @@ def test_norms_are_kept(interleaved, head_dim, seed):
         torch.testing.assert_close(got.norm(dim=-1), x.norm(dim=-1), atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     axes=st.sampled_from(ORIENTATIONS),
     grid_size=st.integers(1, 8),
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     images=st.integers(1, 3),
     extent=st.sampled_from(["index", "grid"]),
+    scaling=st.sampled_from(SCALINGS),
 )
-def test_volume_and_planes_never_share_a_position(axes, grid_size, size, images, extent):
-    rope = MARoPE(64, grid_size, plane_axis=axes[0], orientation=axes[1:], plane_extent=extent)
+def test_volume_and_planes_never_share_a_position(axes, grid_size, size, images, extent, scaling):
+    rope = MARoPE(64, grid_size, plane_axis=axes[0], orientation=axes[1:], plane_extent=extent, scaling=scaling)
     steps = torch.arange(grid_size)
     volume = rope.volume(torch.cartesian_prod(steps, steps, steps).reshape(-1, 3))
     everything = torch.cat([volume, *(rope.plane(*size, index=m) for m in range(images))])
     assert len(everything.unique(dim=0)) == len(everything) == grid_size**3 + images * size[0] * size[1]
+    angles = torch.cat(rope.table(everything), dim=-1)
+    assert len(angles.unique(dim=0)) == len(everything), "different positions are different rotations"
 
 
 def test_default_plane_is_the_papers():
@@ -140,13 +161,17 @@ def test_low_precision_inputs_get_float32_angles(dtype):
     assert (got.double() - exact).abs().max() <= torch.finfo(dtype).eps * q.abs().max()
 
 
-def test_autocast_changes_nothing():
-    rope = MARoPE(head_dim=64, grid_size=16)
-    q, k = random_qk(10, 2, 64)
-    positions = rope.plane(2, 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_autocast_changes_nothing(dtype, interleaved):
+    rope = MARoPE(head_dim=64, grid_size=16, interleaved=interleaved)
+    q, k = random_qk(10, 2, 64, dtype=dtype)
+    outside = rope(q, k, rope.plane(2, 5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = rope(q, k, positions)
-    assert all(torch.equal(a, b) for a, b in zip(inside, rope(q, k, positions), strict=True))
+        table = rope.table(rope.plane(2, 5))
+        inside = rope(q, k, rope.plane(2, 5))
+    assert table.cos.dtype == torch.float32
+    assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(inside, outside, strict=True))
 
 
 def test_half_split_pairs_are_the_interleaved_ones_in_another_order():
@@ -204,24 +229,64 @@ def test_nothing_to_save_and_nothing_remembered():
     assert not torch.equal(before[0], MARoPE(head_dim=64, grid_size=8, theta=10.0)(q, k, rope.plane(2, 2))[0])
 
 
-def test_export_keeps_the_result():
-    rope = MARoPE(head_dim=24, grid_size=8)
-    q, k = random_qk(6, 2, 24)
-    positions = rope.plane(2, 3)
-    exported = torch.export.export(rope, (q, k, positions)).module()
-    for a, b in zip(exported(q, k, positions), rope(q, k, positions), strict=True):
-        torch.testing.assert_close(a, b)
+class Rotate(torch.nn.Module):
+    """`apply_rotary` as a module, which is what `torch.export` takes."""
+
+    def __init__(self, interleaved):
+        super().__init__()
+        self.interleaved = interleaved
+
+    def forward(self, q, k, positions):
+        table = rotary_table(positions, 24, (8, 8, 8), scaling=("ntk", 2.0))
+        return tuple(apply_rotary(x, table, interleaved=self.interleaved) for x in (q, k))
 
 
-def test_dynamo_traces_it_as_one_graph():
-    rope = MARoPE(head_dim=24, grid_size=8)
-    q, k = random_qk(6, 2, 24)
+ROPE = pytest.param(MARoPE(24, 8), id="MARoPE")
+HALF_SPLIT = pytest.param(MARoPE(24, 8, interleaved=False), id="MARoPE half-split")
+FUNCTIONS = pytest.param(Rotate(True), id="apply_rotary")
 
-    def rotated(queries, keys):
-        return rope(queries, keys, rope.plane(2, 3))
 
-    compiled = torch.compile(rotated, backend="eager", fullgraph=True)
-    for a, b in zip(compiled(q, k), rotated(q, k), strict=True):
+@pytest.mark.parametrize("rope", [ROPE, HALF_SPLIT, FUNCTIONS])
+def test_export_keeps_the_result_for_any_number_of_tokens(rope):
+    length = torch.export.Dim("length", min=2)
+    inputs = (*random_qk(6, 2, 24), MARoPE(24, 8).plane(2, 3))
+    exported = torch.export.export(rope, inputs, dynamic_shapes=({0: length},) * 3).module()
+    for case in (inputs, (*random_qk(35, 2, 24, seed=1), MARoPE(24, 8).plane(5, 7))):
+        for a, b in zip(exported(*case), rope(*case), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("rope", "autocast"), [(*ROPE.values, False), (*HALF_SPLIT.values, True), (*FUNCTIONS.values, True)]
+)
+def test_compiles_as_one_graph_with_gradients(rope, autocast):
+    """Through AOTAutograd, which traces the backward too; kernels are the business of whatever compiles the graph."""
+    torch.compiler.reset()
+    compiled = torch.compile(rope, backend="aot_eager", fullgraph=True)
+    positions = MARoPE(24, 8).plane(2, 3)
+    results = []
+    for function in (rope, compiled):
+        q, k = (x.bfloat16().requires_grad_() for x in random_qk(6, 2, 24))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = function(q, k, positions)
+        weights = random_qk(6, 2, 24, seed=1)
+        sum((a.float() * w).sum() for a, w in zip(out, weights, strict=True)).backward()
+        results.append((*out, q.grad, k.grad))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b, atol=0, rtol=2**-7)
+
+
+def test_planes_and_volumes_are_traced_too():
+    rope = MARoPE(24, 8, plane_axis="-y", orientation=("-z", "+x"), plane_extent="grid")
+    q, k = random_qk(8, 2, 24)
+
+    def rotated(queries, keys, voxels):
+        return rope(queries, keys, torch.cat([rope.plane(2, 3), rope.volume(voxels)]))
+
+    voxels = torch.tensor([[1, 2, 3], [7, 0, 4]])
+    compiled = torch.compile(rotated, backend="aot_eager", fullgraph=True)
+    for a, b in zip(compiled(q, k, voxels), rotated(q, k, voxels), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -230,6 +295,36 @@ def test_ntk_theta_stretches_the_longest_wavelength_only():
     longest = -18 / 20
     assert math.isclose(theta**longest, 10000.0**longest / 2, rel_tol=1e-9)
     assert ntk_theta(10000.0, 2.0, 2) == 10000.0
+
+
+def test_linear_scaling_meets_the_trained_positions_again():
+    trained, doubled = MARoPE(64, 16), MARoPE(64, 32, scaling=("linear", 2.0))
+    voxels = torch.randint(0, 16, (40, 3))
+    for got, expected in (
+        (doubled.table(doubled.volume(2 * voxels)), trained.table(trained.volume(voxels))),
+        (doubled.table(doubled.plane(32, 32).view(32, 32, 3)[::2, ::2]), trained.table(trained.plane(16, 16))),
+    ):
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a.flatten(0, -2), b)
+
+
+def test_ntk_scaling_keeps_neighbours_and_stretches_the_longest_wavelength_of_every_axis():
+    axes = (16, 24, 20)
+    trained, doubled = (MARoPE(64, 16, axes_dim=axes, scaling=s) for s in (None, ("ntk", 2.0)))
+    near = trained.volume(torch.tensor([[1, 2, 3]]))
+    one, other = (rope.table(positions) for rope, positions in ((trained, near), (doubled, near)))
+    twice = doubled.table(2 * near)
+    last = -1
+    for dim in axes:
+        first, last = last + 1, last + dim // 2
+        assert torch.equal(one.sin[0, first], other.sin[0, first])
+        torch.testing.assert_close(one.sin[0, last], twice.sin[0, last])
+
+
+def test_an_image_of_more_patches_spans_the_same_plane():
+    rope = MARoPE(64, 32, plane_extent="grid")
+    small, large = rope.plane(32, 32).view(32, 32, 3), rope.plane(64, 64).view(32, 2, 32, 2, 3)
+    torch.testing.assert_close(large.mean(dim=(1, 3)), small)
 
 
 def test_equal_axes_leaves_the_rest_unrotated():
@@ -253,6 +348,10 @@ def test_equal_axes_leaves_the_rest_unrotated():
         (lambda: MARoPE(plane_axis="z", orientation=("+x", "-z")), "three different axes"),
         (lambda: MARoPE(plane_extent="fit"), "plane_extent"),
         (lambda: MARoPE(theta=0), "theta must be positive"),
+        (lambda: MARoPE(theta=(1e4, 1e4)), "one for each of 3 axes"),
+        (lambda: MARoPE(scaling=("yarn", 2.0)), r"got \('yarn', 2.0\)"),
+        (lambda: MARoPE(scaling=2.0), "got 2.0"),
+        (lambda: MARoPE(scaling=("ntk", 0.0)), "the factor of scaling must be positive"),
         (lambda: MARoPE().plane(0, 4), "h >= 1"),
         (lambda: MARoPE().volume(torch.zeros(4, 4)), r"\[L, 3\]"),
         (lambda: MARoPE().table(torch.zeros(4, 2)), "one column for each of the 3 axes"),

@@ -34,7 +34,15 @@ def test_first_example():
 
 
 def test_plain_transformer():
-    assert run(*BLOCKS[:2])["y"].shape == (1, 756, 512)
+    scope = run(*BLOCKS[:2])
+    assert scope["y"].shape == (1, 756, 512)
+    x, layers = torch.randn(1, 756, 512), (torch.nn.Linear(512, 1536), torch.nn.Linear(512, 512))
+    positions, table = scope["positions"], scope["rope"].table
+    there, moved, shuffled = (
+        scope["attention"](x, *layers, table(at)) for at in (positions, positions + 3, positions.flip(0))
+    )
+    torch.testing.assert_close(moved, there, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(shuffled, there, atol=1e-3)
 
 
 @torch.no_grad()

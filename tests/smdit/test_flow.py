@@ -16,6 +16,7 @@ from smdit import (
     StructureFlow,
     StructureFlowConfig,
     flow_matching_loss,
+    guidance_from_scale,
     make_sampler,
     sample_time,
     voxel_noise,
@@ -157,6 +158,14 @@ def test_guidance_is_one_plus_w_conditional_minus_w_unconditional(guidance):
     )
     torch.testing.assert_close(out, torch.full((2, 3), -((1 + guidance) * 2.0 - guidance * 0.5)))
     assert all(size == 4 for _, size in model.calls), "both branches share one forward"
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
+def test_guidance_from_the_other_convention(scale):
+    conditional, unconditional = torch.full((2, 1), 2.0), torch.full((2, 1), 0.5)
+    sampler = EulerSampler(steps=1, guidance=guidance_from_scale(scale))
+    out = sampler.sample(Recorder(), torch.zeros(2, 3), conditional, null=unconditional)
+    torch.testing.assert_close(-out, (unconditional + scale * (conditional - unconditional)).expand(2, 3))
 
 
 def test_guidance_acts_inside_its_interval_only_ends_included(make_voxels):
@@ -320,6 +329,17 @@ def test_stage_1_samples_voxels_that_depend_on_seed_and_image_only(flow, awake):
     assert not torch.allclose(other_image[0], batch[1], atol=1e-3)
     with pytest.raises(ValueError, match="one seed an object"):
         stage.sample(condition, seeds=[1])
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.kind)
+def test_stage_1_takes_several_images_of_an_object(flow, awake):
+    stage = awake(StructureFlow(stage_1(flow)))
+    latents = []
+    stage.decoder.register_forward_pre_hook(lambda module, args: latents.append(args[0]))
+    pair = torch.randn(1, 2, 3, 4, 12, generator=seeded())
+    for condition in (pair, pair[:, :1]):
+        stage.sample(condition, seeds=[1])
+    assert not torch.allclose(latents[0], latents[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.kind)

@@ -128,11 +128,14 @@ def test_nothing_is_made_twice_across_sampling_steps(make_voxels, awake):
 
 
 @torch.no_grad()
-def test_models_of_other_options_do_not_share_tables(make_voxels, awake):
+@pytest.mark.parametrize("rotary", [{"theta": 100.0}, {"theta": (1e4, 1e4, 1e3)}, {"scaling": ("ntk", 2.0)}], ids=str)
+def test_models_of_other_options_do_not_share_tables(rotary, make_voxels, awake):
     x, t, condition = make_voxels([50], 16), torch.tensor([0.5]), condition_of(1)
-    first, second = awake(smdit()), awake(smdit(rotary={"theta": 100.0}))
-    first(x, t, condition)
+    first, second = awake(smdit()), awake(smdit(rotary=rotary))
+    plain = first(x, t, condition).features
     shared = second(x, t, condition).features
+    assert not torch.allclose(shared, plain, atol=1e-5)
+    assert SMDiTConfig.model_validate_json(second.config.model_dump_json()) == second.config
     fresh = SparseTensor.from_coords(x.topology.coords, x.features, 16)
     assert torch.equal(second(fresh, t, condition).features, shared)
 
@@ -172,6 +175,27 @@ def test_weights_round_trip(tmp_path, make_voxels, awake):
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
     x, t, condition = make_voxels([30], 16), torch.tensor([0.4]), condition_of(1)
     assert torch.equal(again(x, t, condition).features, model(x, t, condition).features)
+
+
+@pytest.mark.parametrize(
+    "build", [smdit, lambda: CrossDiT(CrossDiTConfig(**CROSS, position="rotary"))], ids=["smdit", "cross"]
+)
+@torch.no_grad()
+def test_models_can_be_averaged(build, make_voxels, awake):
+    """What training keeps is an exponential average, by PyTorch's own tool; it is a model like any other."""
+    model, decay = awake(build()), 0.75
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))
+    average.update_parameters(model)  # the first is a copy
+    expected = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.add_(0.1)
+    average.update_parameters(model)
+    for key, tensor in average.module.state_dict().items():
+        torch.testing.assert_close(tensor, decay * expected[key] + (1 - decay) * model.state_dict()[key])
+    x, t, condition = make_voxels([30], 16), torch.tensor([0.4]), condition_of(1)
+    again = build().eval()
+    again.load_state_dict(average.module.state_dict())
+    assert torch.equal(average(x, t, condition).features, again(x, t, condition).features)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from marope._frequencies import RotaryTable, check_axes, rotary_table
+from marope._frequencies import RotaryTable, Scaling, check_axes, check_scaling, per_axis, rotary_table
 from marope._rotate import apply_rotary
 
 
@@ -17,27 +17,34 @@ class AxialRoPE(nn.Module):
     Args:
         head_dim: channels of an attention head, even.
         axes_dim: even number of channels for each axis; what is left of `head_dim` is not rotated.
-        theta: base of the wavelengths.
+        theta: base of the wavelengths, one for all axes or one an axis.
         interleaved: which channels form a pair, see `apply_rotary`.
+        scaling: `("linear", factor)` or `("ntk", factor)` for positions that run further than in training, see
+            `rotary_table`.
 
     There is nothing to cast, to move or to save: tables follow the device of the positions they are made from, and
     nothing is cached inside the module. Keep the table yourself where positions stay the same.
     """
 
     def __init__(
-        self, head_dim: int, axes_dim: Sequence[int], *, theta: float = 10000.0, interleaved: bool = True
+        self,
+        head_dim: int,
+        axes_dim: Sequence[int],
+        *,
+        theta: float | Sequence[float] = 10000.0,
+        interleaved: bool = True,
+        scaling: Scaling | None = None,
     ) -> None:
         super().__init__()
-        if theta <= 0:
-            raise ValueError(f"theta must be positive, got {theta}")
         self.head_dim = head_dim
         self.axes_dim = check_axes(head_dim, axes_dim)
-        self.theta = float(theta)
+        self.theta = per_axis("theta", theta, len(self.axes_dim))
         self.interleaved = interleaved
+        self.scaling = check_scaling(scaling, len(self.axes_dim))
 
     def table(self, positions: Num[Tensor, "*batch L axes"]) -> RotaryTable:
         """The float32 (cos, sin) of `positions`, to be made once and used in every layer and sampling step."""
-        return rotary_table(positions, self.head_dim, self.axes_dim, self.theta)
+        return rotary_table(positions, self.head_dim, self.axes_dim, self.theta, self.scaling)
 
     def rotate(
         self,
@@ -62,5 +69,6 @@ class AxialRoPE(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"head_dim={self.head_dim}, axes_dim={self.axes_dim}, theta={self.theta:g}, interleaved={self.interleaved}"
+            f"head_dim={self.head_dim}, axes_dim={self.axes_dim}, theta={self.theta}, "
+            f"interleaved={self.interleaved}, scaling={self.scaling}"
         )

@@ -10,7 +10,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from marope._axial import AxialRoPE
-from marope._frequencies import equal_axes
+from marope._frequencies import Scaling, equal_axes
 
 _AXES = {"x": 0, "y": 1, "z": 2}
 
@@ -27,7 +27,7 @@ class MARoPE(AxialRoPE):
         head_dim: channels of an attention head, even and at least 6.
         grid_size: voxels along each side of the token grid, z_max + 1.
         axes_dim: channels for x, y and z, each even; default: equal shares (64 -> 20, 20, 20 and 4 unrotated).
-        theta: base of the wavelengths.
+        theta: base of the wavelengths, one for all axes or one for each of x, y and z.
         plane_axis: axis along which planes are stacked. "z" or "+z": at grid_size, grid_size + 1, ...;
             "-z": at -1, -2, ...
         orientation: the signed volume axes that image rows i and columns j run along. ("+x", "+y") is the paper's.
@@ -38,6 +38,9 @@ class MARoPE(AxialRoPE):
             image has as many patches as the volume has voxels; otherwise "grid" is linear position interpolation,
             for instance 16 x 16 patches beside an 8^3 grid, or an image of twice the training resolution.
         interleaved: which channels form a pair, see `apply_rotary`.
+        scaling: for a grid `factor` times as long as in training: `("linear", factor)` divides all positions, those of
+            planes included; `("ntk", factor)` keeps neighbours as far apart and stretches the longest wavelength. One
+            factor, or one for each of x, y and z. Images alone that grow need none: see `plane_extent`.
     """
 
     def __init__(
@@ -46,14 +49,15 @@ class MARoPE(AxialRoPE):
         grid_size: int = 32,
         *,
         axes_dim: Sequence[int] | None = None,
-        theta: float = 10000.0,
+        theta: float | Sequence[float] = 10000.0,
         plane_axis: str = "z",
         orientation: tuple[str, str] = ("+x", "+y"),
         plane_extent: Literal["index", "grid"] = "index",
         interleaved: bool = True,
+        scaling: Scaling | None = None,
     ) -> None:
         axes = equal_axes(head_dim) if axes_dim is None else axes_dim
-        super().__init__(head_dim, axes, theta=theta, interleaved=interleaved)
+        super().__init__(head_dim, axes, theta=theta, interleaved=interleaved, scaling=scaling)
         if len(self.axes_dim) != 3:
             raise ValueError(f"axes_dim must hold one share for each of x, y and z, got {self.axes_dim}")
         if grid_size < 1:

@@ -14,7 +14,14 @@ from smdit._cross_dit import CrossDiT
 from smdit._flow import flow_matching_loss, sample_time, voxel_noise
 from smdit._flux_weights import from_bfl_block, from_diffusers_double_block, from_diffusers_single_block
 from smdit._model import SMDiT
-from smdit._samplers import EulerSampler, HeunSampler, MultistepSampler, SamplingStep, make_sampler
+from smdit._samplers import (
+    EulerSampler,
+    HeunSampler,
+    MultistepSampler,
+    SamplingStep,
+    guidance_from_scale,
+    make_sampler,
+)
 from smdit._structure_dit import StructureDiT
 from smdit._structure_flow import StructureFlow
 from smdit._trellis import cross_dit_from_trellis, load_trellis, structure_dit_from_trellis
@@ -44,6 +51,7 @@ __all__ = [
     "from_bfl_block",
     "from_diffusers_double_block",
     "from_diffusers_single_block",
+    "guidance_from_scale",
     "load_trellis",
     "make_sampler",
     "sample_time",

@@ -24,11 +24,12 @@ class RotaryConfig(_Config):
     """Options of `marope.MARoPE` other than head dimension and grid size; the defaults are the paper's placement."""
 
     axes_dim: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
-    theta: PositiveFloat = 10000.0
+    theta: PositiveFloat | tuple[PositiveFloat, PositiveFloat, PositiveFloat] = 10000.0
     plane_axis: str = "z"
     orientation: tuple[str, str] = ("+x", "+y")
     plane_extent: Literal["index", "grid"] = "index"
     interleaved: bool = True
+    scaling: tuple[Literal["linear", "ntk"], PositiveFloat] | None = None
 
 
 FRONT_PLANE = {"plane_axis": "-y", "orientation": ("-z", "+x")}

@@ -48,8 +48,8 @@ class EulerSampler:
 
     Attributes:
         steps: number of steps.
-        guidance: w in `(1 + w) conditional - w unconditional`; 0 is the conditional velocity alone. A scale s in the
-            other usual convention, `unconditional + s (conditional - unconditional)`, is w = s - 1.
+        guidance: w in `(1 + w) conditional - w unconditional`; 0 is the conditional velocity alone. For a scale in the
+            other usual convention see `guidance_from_scale`.
         interval: times (after the shift, both ends included) at which guidance acts; outside it the conditional
             velocity is taken, at half the cost.
         shift: r of the schedule t <- r t / (1 + (r - 1) t) over equally spaced times; above 1 spends more steps near
@@ -163,6 +163,15 @@ class MultistepSampler(EulerSampler):
             return velocity, velocity
         slope = (velocity - before.velocity) / (t - before.t)
         return velocity + slope * (t_next - t) / 2, velocity
+
+
+def guidance_from_scale(scale: float) -> float:
+    """w of a scale s in the convention `unconditional + s (conditional - unconditional)`, as diffusers has it: s - 1.
+
+    So a scale of 1 is no guidance, `EulerSampler(guidance=guidance_from_scale(1.0))`, and one of 0 is the unconditional
+    velocity.
+    """
+    return scale - 1
 
 
 _SAMPLERS = {"euler": EulerSampler, "heun": HeunSampler, "multistep": MultistepSampler}
