@@ -83,6 +83,16 @@ def test_the_decoder_alone_can_go_on_and_leaves_the_latents_as_they_are(micro_co
     assert all(name.startswith("decoder.") for name in changed)
 
 
+def test_the_volume_weight_is_that_of_the_model_s_size_unless_it_is_given(micro_config):
+    from sparse_vae import VAELossConfig
+
+    stage = build_stage("vae", micro_config("vae"))
+    expected = VAELossConfig.for_model(stage.model_config).model_copy(update={"lpips_weight": 0.0})
+    assert stage.weights == expected  # no LPIPS file, no such term
+    stage = build_stage("vae", micro_config("vae", options={"volume_weight": 7.0, "ssim_weight": 0.5}))
+    assert stage.weights == expected.model_copy(update={"volume_weight": 7.0, "ssim_weight": 0.5})
+
+
 def test_autoencoder_statistics_normalise_the_features(micro_config):
     config = micro_config("autoencoder", steps=4)
     stage = build_stage("autoencoder", config)
