@@ -1,5 +1,6 @@
 """All five stages at the smallest size, and the pipeline that comes out of them."""
 
+import itertools
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from diff2to3.train._assemble import assemble, unpack
 from diff2to3.train._batches import place
 from diff2to3.train._engine import train
 from diff2to3.train.stages import STAGES, build_stage
+from diff2to3.train.stages.structure_vae import dense_occupancy
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -81,6 +83,16 @@ def test_the_decoder_alone_can_go_on_and_leaves_the_latents_as_they_are(micro_co
     assert all(name.startswith("decoder.") for name in changed)
 
 
+def test_the_volume_weight_is_that_of_the_model_s_size_unless_it_is_given(micro_config):
+    from sparse_vae import VAELossConfig
+
+    stage = build_stage("vae", micro_config("vae"))
+    expected = VAELossConfig.for_model(stage.model_config).model_copy(update={"lpips_weight": 0.0})
+    assert stage.weights == expected  # no LPIPS file, no such term
+    stage = build_stage("vae", micro_config("vae", options={"volume_weight": 7.0, "ssim_weight": 0.5}))
+    assert stage.weights == expected.model_copy(update={"volume_weight": 7.0, "ssim_weight": 0.5})
+
+
 def test_autoencoder_statistics_normalise_the_features(micro_config):
     config = micro_config("autoencoder", steps=4)
     stage = build_stage("autoencoder", config)
@@ -88,6 +100,23 @@ def test_autoencoder_statistics_normalise_the_features(micro_config):
     settings = json.loads((config.out / "model" / "config.json").read_text())
     assert len(settings["channel_mean"]) == len(settings["channel_std"]) == 16
     assert min(settings["channel_std"]) > 0
+
+
+def test_structure_statistics_are_those_of_the_kept_weights_on_the_training_objects(micro_config):
+    config = micro_config("structure-vae", steps=3)
+    stage = build_stage("structure-vae", config)
+    train(stage, config)
+    settings = json.loads((config.out / "model" / "config.json").read_text())
+    data = stage.batches(config, "train", torch.device("cpu")).data
+    latents = []
+    for mirror, turn in itertools.product(range(2), range(4)):
+        batch, rows = data.coords.select(torch.arange(2))
+        coords = place(data.coords.rows[rows], batch, *(torch.full((2,), v) for v in (mirror, turn)), 16)
+        latents.append(stage.model.encode(dense_occupancy(coords, 2, 16))[0])
+    values = torch.cat(latents).detach().transpose(0, 1).flatten(1)  # every placement of every object, once
+    mean, std = values.mean(1), values.std(1)
+    assert ((torch.tensor(settings["latent_mean"]) - mean).abs() < 0.1 * std).all()
+    assert torch.tensor(settings["latent_std"]).tolist() == pytest.approx(std.tolist(), rel=0.1)
 
 
 def test_structure_latents_are_those_of_the_placed_voxels(trained, micro_config):

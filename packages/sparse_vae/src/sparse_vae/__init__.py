@@ -11,6 +11,7 @@ from sparse_vae._blocks import TransformerBlock as TransformerBlock
 from sparse_vae._config import GaussianConfig as GaussianConfig
 from sparse_vae._config import SparseVAEConfig as SparseVAEConfig
 from sparse_vae._config import StructureVAEConfig as StructureVAEConfig
+from sparse_vae._config import VAELossConfig as VAELossConfig
 from sparse_vae._conv import SparseConv3d as SparseConv3d
 from sparse_vae._conv import SparseDownConv3d as SparseDownConv3d
 from sparse_vae._conv import SparseUpConv3d as SparseUpConv3d
@@ -22,6 +23,8 @@ from sparse_vae._layout import AttentionLayout as AttentionLayout
 from sparse_vae._losses import dice_loss as dice_loss
 from sparse_vae._losses import gaussian_regularisation as gaussian_regularisation
 from sparse_vae._losses import kl_divergence as kl_divergence
+from sparse_vae._losses import picture_loss as picture_loss
+from sparse_vae._losses import vae_loss as vae_loss
 from sparse_vae._model import GaussianDecoder as GaussianDecoder
 from sparse_vae._model import SparseVAE as SparseVAE
 from sparse_vae._model import SparseVAEEncoder as SparseVAEEncoder

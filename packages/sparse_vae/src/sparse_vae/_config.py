@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 Statistics = tuple[float, ...] | None
 PresetName = Literal["tiny", "small", "paper"]
@@ -111,6 +111,43 @@ class SparseVAEConfig(_Config):
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         _check_statistics(self.latent_mean, self.latent_std, self.latent_channels)
         return self
+
+
+class VAELossConfig(_Config):
+    """Weights of the 2to3-VAE's training loss (paper section 3.3); the defaults are TRELLIS's, see `vae_loss`.
+
+    Attributes:
+        l1_weight: mean absolute difference of the pictures.
+        mse_weight: mean squared difference (not in TRELLIS).
+        ssim_weight: 1 - structural similarity.
+        lpips_weight: learned perceptual distance; 0 where there are no weights for it.
+        kl_weight: divergence of the latents from the standard normal.
+        volume_weight: mean product of a Gaussian's scales. 1e4 belongs to 64^3 voxels of 32 Gaussians, see `for_model`.
+        opacity_weight: mean of (1 - opacity)^2.
+    """
+
+    l1_weight: NonNegativeFloat = 1.0
+    mse_weight: NonNegativeFloat = 0.0
+    ssim_weight: NonNegativeFloat = 0.2
+    lpips_weight: NonNegativeFloat = 0.2
+    kl_weight: NonNegativeFloat = 1e-6
+    volume_weight: NonNegativeFloat = 1e4
+    opacity_weight: NonNegativeFloat = 1e-3
+
+    @classmethod
+    def preset(cls, name: PresetName) -> Self:
+        """The weights for the `SparseVAEConfig` of the same name."""
+        return cls.for_model(SparseVAEConfig.preset(name))
+
+    @classmethod
+    def for_model(cls, config: SparseVAEConfig) -> Self:
+        """TRELLIS's weights for a model of any size.
+
+        A Gaussian's volume grows with the cube of the spacing of Gaussians on a surface, 1 / (N sqrt(G)) for N^3 voxels
+        of G each, and the volume weight falls with it: the term keeps its share of the loss.
+        """
+        density = (config.grid_size / 64) ** 2 * config.gaussians.num_gaussians / 32
+        return cls(volume_weight=1e4 * density**1.5)
 
 
 class StructureVAEConfig(_Config):

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparse_vae import _cpu_conv
+from sparse_vae._cpu_conv import RowPairs
 from sparse_vae._tile_plan import PairPlan, TilePlan
 
 GATHER_BUDGET = 2**29
@@ -56,13 +58,9 @@ class KernelMap:
 
     @cached_property
     @torch.inference_mode(False)
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """(input rows, output rows) that meet at every offset (synchronises with the host once)."""
-        result = []
-        for sources in self.sources:
-            outputs = (sources < self.num_inputs).nonzero().squeeze(1)
-            result.append((sources[outputs], outputs))
-        return result
+    def pairs(self) -> RowPairs:
+        """How a CPU walks through the map."""
+        return RowPairs.build(self.sources, self.num_inputs, self.identity)
 
 
 def convolve(
@@ -108,12 +106,7 @@ def _forward(x: Tensor, weight: Tensor, kernel_map: KernelMap, triton: bool = Fa
         return _triton_conv.forward(x, weight, kernel_map)
     if x.device.type != "cpu":
         return _gathered_forward(x, weight, kernel_map)
-    identity = kernel_map.identity
-    out = x.new_zeros(kernel_map.num_outputs, weight.shape[0]) if identity is None else x @ weight[:, identity].T
-    for k, (inputs, outputs) in enumerate(kernel_map.pairs):
-        if k != identity and len(outputs):
-            out.index_add_(0, outputs, x.index_select(0, inputs) @ weight[:, k].T)
-    return out
+    return _cpu_conv.forward(x, weight, kernel_map.pairs)
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, kernel_map: KernelMap, triton: bool = False) -> Tensor:
@@ -123,8 +116,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, kernel_map: KernelMap, triton: boo
         return _triton_conv.weight_gradient(x, grad, kernel_map)
     if x.device.type != "cpu":
         return _gathered_weight_gradient(x, grad, kernel_map)
-    products = [grad.index_select(0, outputs).T @ x.index_select(0, inputs) for inputs, outputs in kernel_map.pairs]
-    return torch.stack(products, dim=1)
+    return _cpu_conv.weight_gradient(x, grad, kernel_map.pairs)
 
 
 def _gathered_forward(x: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:

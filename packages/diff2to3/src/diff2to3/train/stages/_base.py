@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
-from gs_render.metrics import LPIPS, psnr, ssim
+from gs_render.metrics import LPIPS, psnr
 from pydantic import BaseModel, ConfigDict, ValidationError
+from sparse_vae import VAELossConfig, picture_loss
 from torch import Tensor, nn
 
 from diff2to3._errors import InputError
@@ -21,7 +21,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Options(BaseModel):
-    """Loss weights and augmentation; a stage uses those that concern it. Defaults: TRELLIS's, see docs."""
+    """Loss weights and augmentation; a stage uses those that concern it. Defaults: TRELLIS's, see docs.
+
+    Without `volume_weight` it is TRELLIS's for the size of the model (`VAELossConfig.for_model`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,7 +33,7 @@ class Options(BaseModel):
     lpips_weight: float = 0.2
     ssim_weight: float = 0.2
     kl_weight: float = 1e-6
-    volume_weight: float = 150.0
+    volume_weight: float | None = None
     opacity_weight: float = 1e-3
     bce_weight: float = 1.0
     frame: Literal["canonical", "view-snapped"] = "view-snapped"
@@ -62,17 +65,13 @@ class PictureStage(Stage):
         except ValidationError as error:
             raise InputError(f"options: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
         self.lpips = LPIPS(self.options.lpips, self.options.lpips_backbone) if self.options.lpips else None
+        given = self.options.model_dump(include=set(VAELossConfig.model_fields), exclude_none=True)
+        self.weights = VAELossConfig(**given | ({} if self.lpips else {"lpips_weight": 0.0}))
 
     def picture_loss(self, image: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L1 + SSIM + LPIPS with their weights, in fp32."""
-        image, target = image.float(), target.float()
-        loss = self.options.l1_weight * F.l1_loss(image, target) + self.options.mse_weight * F.mse_loss(image, target)
-        loss = loss + self.options.ssim_weight * (1 - ssim(image, target).mean())
-        figures = {"psnr": psnr(image.detach(), target).mean()}
-        if self.lpips is not None:
-            distance = self.lpips(image, target).mean()
-            loss, figures["lpips"] = loss + self.options.lpips_weight * distance, distance.detach()
-        return loss, figures
+        """L1 + SSIM + LPIPS with their weights, in fp32; and the terms, with the PSNR."""
+        loss, terms = picture_loss(image, target, self.weights, self.lpips)
+        return loss, {"psnr": psnr(image.detach(), target).mean()} | terms
 
 
 def generator_of(batch: Batch, stream: int = 0) -> torch.Generator:

@@ -14,19 +14,21 @@ from diff2to3.train._config import TrainConfig
 from diff2to3.train._engine import Batch, Batches
 from diff2to3.train.stages._base import PictureStage, build_config, generator_of, statistics
 
+MEASURED_BATCHES = 32
+"""Batches that the statistics of the latents are taken from."""
+
 
 class StructureVAEStage(PictureStage):
     """Dense occupancy autoencoder of stage 1."""
 
     model: StructureVAE
     model_config: StructureVAEConfig
-    recent: Tensor
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
+        self.config = config
         self.model_config = build_config(StructureVAEConfig, config.model)
         self.model = StructureVAE(self.model_config)
-        self.register_buffer("recent", torch.zeros(2, self.model_config.latent_channels))
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
         return OccupancyBatches(ObjectData(config, split, "voxels", device), self.model_config.grid_size)
@@ -34,9 +36,6 @@ class StructureVAEStage(PictureStage):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         occupancy = dense_occupancy(batch["coords"], batch["batch_size"], self.model_config.grid_size)
         mean, logvar = self.model.encode(occupancy)
-        with torch.no_grad():
-            moments = torch.stack([mean.float().mean((0, 2, 3, 4)), mean.float().square().mean((0, 2, 3, 4))])
-            self.recent.lerp_(moments, 0.02)
         latent = mean
         if self.training:
             noise = torch.randn(mean.shape, generator=generator_of(batch), device=mean.device)
@@ -51,7 +50,16 @@ class StructureVAEStage(PictureStage):
         return loss, {"dice": dice.detach(), "iou": iou.float().mean(), "kl": divergence.detach()}
 
     def finish(self) -> tuple[BaseModel, dict[str, Tensor]]:
-        mean, std = statistics(self.recent)
+        """Adds the statistics of the latents: of the weights that are kept, on batches of the training split."""
+        device = next(self.model.parameters()).device
+        batches = self.batches(self.config, self.config.split, device)
+        moments = torch.zeros(2, self.model_config.latent_channels, dtype=torch.float64, device=device)
+        for step in range(MEASURED_BATCHES):
+            batch = batches[step]
+            coords = batch["coords"].to(device)
+            latents = self.model.encode(dense_occupancy(coords, batch["batch_size"], self.model_config.grid_size))[0]
+            moments += torch.stack([latents.double().mean((0, 2, 3, 4)), latents.double().square().mean((0, 2, 3, 4))])
+        mean, std = statistics(moments / MEASURED_BATCHES)
         return self.model_config.model_copy(update={"latent_mean": mean, "latent_std": std}), self.model.state_dict()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from gs_render import Camera, render_batch
-from sparse_vae import SparseVAE, SparseVAEConfig, gaussian_regularisation, kl_divergence
+from gs_render.metrics import psnr
+from sparse_vae import SparseVAE, SparseVAEConfig, VAELossConfig, vae_loss
 from torch import Tensor
 
 from diff2to3.data._augment import hue_matrix, shift_hue
@@ -26,6 +27,9 @@ class VAEStage(PictureStage):
         self.model_config = build_config(SparseVAEConfig, config.model)
         if "vae" in config.parts:  # go on from a trained one; its latents stay what flows were trained on
             self.model_config = read_config(config.parts["vae"], SparseVAEConfig)
+        if self.options.volume_weight is None:
+            volume_weight = VAELossConfig.for_model(self.model_config).volume_weight
+            self.weights = self.weights.model_copy(update={"volume_weight": volume_weight})
         self.model = SparseVAE(self.model_config)
         if "vae" in config.parts:
             self.model.load_state_dict(read_weights(config.parts["vae"]))
@@ -53,8 +57,6 @@ class VAEStage(PictureStage):
                 filter_2d=self.model_config.gaussians.filter_2d,
                 antialias=True,
             )
-        loss, figures = self.picture_loss(drawn.color.permute(0, 3, 1, 2), target)
-        divergence = kl_divergence(mean.features, logvar.features)
-        geometry = gaussian_regularisation(objects, self.options.volume_weight, self.options.opacity_weight)
-        loss = loss + self.options.kl_weight * divergence + geometry
-        return loss, figures | {"kl": divergence.detach(), "geometry": geometry.detach()}
+        image = drawn.color.permute(0, 3, 1, 2)
+        loss, terms = vae_loss(image, target, objects, mean.features, logvar.features, self.weights, self.lpips)
+        return loss, {"psnr": psnr(image.detach(), target).mean()} | terms
