@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diff2to3._cli import cli
+from diff2to3.data._mesh import load_mesh
 from diff2to3.data._store import Store, decode_png
 from diff2to3.train._checkpoint import read_config, read_weights, save_model
 from flux_features import FluxFeatures, FluxFeaturesConfig
@@ -152,6 +153,42 @@ def test_a_second_run_changes_no_file(dataset):
     invoke("render", root / "assets", store.root, *rendering)
     invoke("latents", store.root, "--vae", root / "vae", "--device", "cpu")
     assert {path: path.stat().st_mtime_ns for path in store.root.rglob("*.safetensors")} == before
+
+
+def test_rules_of_voxels(dataset, tmp_path):
+    from diff2to3._errors import InputError
+    from diff2to3.data._voxelize import voxelize
+
+    root, store, _, _ = dataset
+    object_id = names(store)[0]
+    assert store.manifest("voxels")["settings"] == {"grid_size": GRID, "rule": "exact"}
+    assert store.settings("voxels", object_id) == {"grid_size": GRID, "rule": "exact"}
+    mesh = load_mesh(root / "assets" / f"{object_id}.glb")
+    np.testing.assert_array_equal(store.read("voxels", object_id)["coords"], voxelize(mesh, GRID))
+    arguments = ["voxelize", root / "assets", tmp_path, "--grid-size", GRID, "--workers", 1, "--rule", "sampled"]
+    invoke(*arguments)
+    sampled = Store(tmp_path)
+    assert sampled.manifest("voxels")["settings"]["rule"] == "sampled"
+    np.testing.assert_array_equal(sampled.read("voxels", object_id)["coords"], voxelize(mesh, GRID, "sampled"))
+    invoke(*arguments[:-1], "exact")  # nothing stands on them yet
+    np.testing.assert_array_equal(
+        sampled.read("voxels", object_id)["coords"], store.read("voxels", object_id)["coords"]
+    )
+    before = store.path("voxels", object_id).read_bytes()
+    result = CliRunner().invoke(cli, ["data", *map(str, [*arguments[:2], store.root, *arguments[3:]])])
+    assert isinstance(result.exception, InputError)
+    assert "3 objects have features on voxels of rule 'exact', got --rule sampled" in str(result.exception)
+    assert store.path("voxels", object_id).read_bytes() == before
+
+
+def test_voxels_from_before_there_were_rules_are_sampled(tmp_path):
+    from diff2to3.data._render_stage import voxel_rule
+    from safetensors.numpy import save_file
+
+    store = Store(tmp_path)
+    store.path("voxels", "a").parent.mkdir()
+    save_file({"coords": np.zeros((1, 3), np.uint8)}, store.path("voxels", "a"), {"settings": "of that time"})
+    assert voxel_rule(store, "a") == "sampled"
 
 
 @pytest.mark.parametrize(

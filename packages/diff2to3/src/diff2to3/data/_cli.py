@@ -137,6 +137,13 @@ def render(
 @click.argument("out", type=_FOLDER)
 @_over_assets
 @click.option("--grid-size", type=click.IntRange(1, 256), default=32, show_default=True, help="Voxels along each axis.")
+@click.option(
+    "--rule",
+    type=click.Choice(["exact", "sampled"]),
+    default="exact",
+    show_default=True,
+    help="Every voxel that the surface passes through, or those that points a quarter of a voxel apart find.",
+)
 def voxelize(
     source: Path,
     out: Path,
@@ -146,6 +153,7 @@ def voxelize(
     workers: int | None,
     engine: str,
     grid_size: int,
+    rule: Literal["exact", "sampled"],
 ) -> None:
     """Surface voxels of the assets under SOURCE, into the data set OUT."""
     from diff2to3.data._render_stage import voxelize_objects, write_objects
@@ -154,7 +162,7 @@ def voxelize(
     with _processes(engine, workers) as processes:
         rows, store = _rows(source, index, splits, limit), Store(out)
         write_objects(store, rows)
-        failures = voxelize_objects(source.resolve(), store, [row["id"] for row in rows], grid_size, processes)
+        failures = voxelize_objects(source.resolve(), store, [row["id"] for row in rows], grid_size, processes, rule)
     _report("voxels", len(rows), failures)
 
 

@@ -17,7 +17,7 @@ from diff2to3.data._rasterize import MeshRenderer
 from diff2to3.data._run import Workers, run_stage
 from diff2to3.data._store import Store, encode_pngs, write_rows
 from diff2to3.data._views import condition_views, random_views, sphere_views
-from diff2to3.data._voxelize import voxelize
+from diff2to3.data._voxelize import Rule, voxelize
 
 CONDITION_FRAME = 384  # pixels; the crop around the object is taken from a frame of this side
 
@@ -104,11 +104,28 @@ def render_objects(
     return run_stage(store, "render", ids, _render, arguments, Workers(workers, _start, start))
 
 
-def voxelize_objects(source: Path, store: Store, ids: list[str], grid_size: int, workers: int) -> dict[str, str]:
-    """Surface voxels of every object, in ``workers`` processes; returns the failures."""
-    settings = {"grid_size": grid_size}
+def voxelize_objects(
+    source: Path, store: Store, ids: list[str], grid_size: int, workers: int, rule: Rule = "exact"
+) -> dict[str, str]:
+    """Surface voxels of every object, in ``workers`` processes; returns the failures.
+
+    Raises:
+        InputError: objects have features on voxels of the other rule, whose rows would no longer fit.
+    """
+    lifted = [i for i in ids if store.path("features", i).is_file() and store.path("voxels", i).is_file()]
+    if other := [i for i in lifted if voxel_rule(store, i) != rule]:
+        raise InputError(
+            f"{store.root}: {len(other)} objects have features on voxels of rule {voxel_rule(store, other[0])!r}, got"
+            f" --rule {rule}; keep their rule or voxelize into another data set"
+        )
+    settings = {"grid_size": grid_size, "rule": rule}
     start = (str(source), settings, listed_paths(store))
     return run_stage(store, "voxels", ids, _voxelize, settings, Workers(workers, _start, start))
+
+
+def voxel_rule(store: Store, object_id: str) -> str:
+    """The rule that an object's voxels were found with; before there was a choice it was ``"sampled"``."""
+    return str(store.settings("voxels", object_id).get("rule", "sampled"))
 
 
 _worker: dict[str, Any] = {}  # of a worker process: the assets' folder and files, settings and the OpenGL context
@@ -124,7 +141,7 @@ def _load(object_id: str) -> Mesh:
 
 
 def _voxelize(object_id: str) -> dict[str, np.ndarray]:
-    return {"coords": voxelize(_load(object_id), _worker["settings"]["grid_size"]).astype(np.uint8)}
+    return {"coords": voxelize(_load(object_id), **_worker["settings"]).astype(np.uint8)}
 
 
 def _render(object_id: str) -> dict[str, np.ndarray]:
