@@ -72,8 +72,11 @@ def reconstruction(pipeline, data, split, limit, device, lpips, output, extracto
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--steps", type=int, default=None)
 @click.option("--guidance", type=float, default=None)
+@click.option("--renderer", default="auto", show_default=True, help="Draws the input, as in `data render`.")
 @click.option("--gallery", type=click.Path(path_type=Path), help="PNG with a row an object.")
-def generation(pipeline, data, split, limit, device, lpips, output, assets, seed, steps, guidance, gallery) -> None:
+def generation(
+    pipeline, data, split, limit, device, lpips, output, assets, seed, steps, guidance, renderer, gallery
+) -> None:
     """Whole pipeline: one view in, the asset drawn from that view's camera."""
     from diff2to3._pipeline import Pipeline
     from diff2to3.eval._generation import evaluate_generation
@@ -90,6 +93,7 @@ def generation(pipeline, data, split, limit, device, lpips, output, assets, seed
         sampling={"steps": steps, "guidance": guidance},
         lpips=_lpips(lpips, "cpu"),
         gallery=gallery,
+        renderer=renderer,
     )
     _report(scores, output)
 
