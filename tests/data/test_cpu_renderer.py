@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from diff2to3.data._mesh import Mesh, MeshPart, load_mesh
+from diff2to3.data._renderers._kernels import draw as draw_kernel
 from diff2to3.data._renderers.cpu import CpuMeshRenderer, CpuMeshRendererConfig, mesh_depth
 from diff2to3.data._synthesize import make_object
 from diff2to3.data._views import orbit, sphere_views
@@ -174,18 +175,33 @@ def test_no_gap_between_triangles_and_no_pixel_beside_them():
         assert (image[..., 3] == 255).sum() > 200
 
 
-def test_slivers_are_no_nearer_than_their_vertices(flat_mesh):
-    """Triangles seen from their edge, right through the places where depth is taken: what they compute is rounding."""
-    rng, views = np.random.default_rng(0), single()
-    place = np.concatenate([np.full((500, 3, 1), 18.0), rng.uniform(4, 28, (500, 3, 1)), np.ones((500, 3, 1))], 2)
-    points = place @ np.linalg.inv(views.intrinsics[0].astype(float)).T * rng.uniform(1.6, 2.4, (500, 3, 1))
-    world = (points - views.world_to_camera[0, :3, 3]) @ views.world_to_camera[0, :3, :3]
-    mesh = flat_mesh(world, np.full((500, 4), 255))
-    depth = mesh_depth(mesh, views.world_to_camera, views.intrinsics, SIZE)
-    drawn = depth[np.isfinite(depth)]
-    assert len(drawn) > 0
-    assert drawn.min() > 1.59
-    assert drawn.max() < 2.41
+def test_slivers_are_no_nearer_than_their_vertices():
+    """Triangles seen from their edge, a few rounding errors wide, through samples: their own depth is noise."""
+    rng = np.random.default_rng(0)
+    w = rng.uniform(1.6, 2.4, (3000, 3))
+    x = 3 * w * (1 + rng.integers(-3, 4, (3000, 3)) * 2.0**-52)
+    points = np.stack([x, rng.uniform(0, 7, (3000, 3)) * w, w], 2).reshape(-1, 3)
+    colors, nothing = np.full((9000, 4), 255, np.uint8), np.zeros((0, 4), np.uint8)
+    white, levels = np.full((1, 4), 255, np.uint8), np.array([(0, 1, 1)])
+    faces = np.arange(9000, dtype=np.int32).reshape(-1, 3)
+    surface = (faces, np.zeros((9000, 2), np.float32), colors, white, nothing, levels)
+    nearest, owner = np.zeros((8, 8), np.float32), np.full((8, 8), -1, np.int32)
+    draw_kernel(points, surface, False, 0.05, 0, nearest, owner)
+    assert (owner >= 0).sum() >= 6
+    drawn = 1 / nearest[owner >= 0]
+    assert drawn.min() >= 1.6 - 1e-6
+    assert drawn.max() <= 2.4 + 1e-6
+
+
+def test_nothing_nearer_than_the_near_plane_is_drawn(flat_mesh):
+    """A floor a hundredth below the camera, from under it to the horizon."""
+    mesh = flat_mesh([[(-5, -1.999, -0.01), (5, -1.999, -0.01), (0, 3, -0.01)]], [[255, 255, 255, 255]])
+    image, _ = draw(mesh, single())
+    pixels = np.stack(np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5), -1).reshape(-1, 2)
+    hit, _, _ = cast(mesh.triangles, single(), pixels)
+    np.testing.assert_array_equal(image[..., 3].ravel() > 0, hit >= 0)
+    assert (image[24] > 0).any()
+    assert (image[25:] == 0).all()
 
 
 def test_texels_and_vertices_with_little_alpha_are_holes():

@@ -19,6 +19,8 @@ from typing import Any
 import numba as nb
 import numpy as np
 
+_ZERO = (0.0, 0.0, 0.0)
+
 
 def _compiled(function: Callable[..., Any]) -> Any:
     """Machine code, kept on disk if there is a folder for it that can be written."""
@@ -42,16 +44,43 @@ def _triangle(points, face):
 
 
 @_compiled
+def _sum(e0, e1, e2, x, y, z):
+    """Coefficients of x e_0 + y e_1 + z e_2, which is linear in the sample's place as these are."""
+    return (
+        e0[0] * x + e1[0] * y + e2[0] * z,
+        e0[1] * x + e1[1] * y + e2[1] * z,
+        e0[2] * x + e1[2] * y + e2[2] * z,
+    )
+
+
+@_compiled
+def _attributes(surface, face, e0, e1, e2):
+    """Coefficients of the quotients' numerators (u, v, r, g, b, a, as weighted by the vertices) and denominator."""
+    uv, colors = surface[1], surface[2]
+    i, j, k = face[0], face[1], face[2]
+    return (
+        _sum(e0, e1, e2, uv[i, 0], uv[j, 0], uv[k, 0]),
+        _sum(e0, e1, e2, uv[i, 1], uv[j, 1], uv[k, 1]),
+        _sum(e0, e1, e2, colors[i, 0] / 255, colors[j, 0] / 255, colors[k, 0] / 255),
+        _sum(e0, e1, e2, colors[i, 1] / 255, colors[j, 1] / 255, colors[k, 1] / 255),
+        _sum(e0, e1, e2, colors[i, 2] / 255, colors[j, 2] / 255, colors[k, 2] / 255),
+        _sum(e0, e1, e2, colors[i, 3] / 255, colors[j, 3] / 255, colors[k, 3] / 255),
+        _sum(e0, e1, e2, 1.0, 1.0, 1.0),
+    )
+
+
+@_compiled
 def _texel(texels, first, width, height, u, v):
     """Bilinear sample of one level, repeated beyond its edges; u to the right, v upwards, both of any size."""
     x = (u - np.floor(u)) * width - 0.5
     y = (np.ceil(v) - v) * height - 0.5
     column, row = int(np.floor(x)), int(np.floor(y))
     right, down = x - column, y - row
-    x0, x1 = column % width, (column + 1) % width
-    y0, y1 = first + (row % height) * width, first + ((row + 1) % height) * width
+    x0, x1 = column if column >= 0 else width - 1, column + 1 if column + 1 < width else 0
+    y0, y1 = row if row >= 0 else height - 1, row + 1 if row + 1 < height else 0
+    above, below = first + y0 * width, first + y1 * width
     w00, w01, w10, w11 = (1 - right) * (1 - down), right * (1 - down), (1 - right) * down, right * down
-    a, b, c, d = texels[y0 + x0], texels[y0 + x1], texels[y1 + x0], texels[y1 + x1]
+    a, b, c, d = texels[above + x0], texels[above + x1], texels[below + x0], texels[below + x1]
     return (
         a[0] * w00 + b[0] * w01 + c[0] * w10 + d[0] * w11,
         a[1] * w00 + b[1] * w01 + c[1] * w10 + d[1] * w11,
@@ -61,27 +90,21 @@ def _texel(texels, first, width, height, u, v):
 
 
 @_compiled
-def _color(surface, face, e0, e1, e2, x, y):
-    """Texture times vertex colour, (r, g, b, a) of 0 to 255, of a triangle at a sample."""
-    _, uv, colors, texels, smaller, levels = surface
-    w0, w1, w2 = e0[0] * x + e0[1] * y + e0[2], e1[0] * x + e1[1] * y + e1[2], e2[0] * x + e2[1] * y + e2[2]
-    total = w0 + w1 + w2
-    w0, w1, w2 = w0 / total, w1 / total, w2 / total
-    i, j, k = face[0], face[1], face[2]
-    if len(levels) == 1 and levels[0, 1] * levels[0, 2] == 1:
+def _color(surface, attributes, x, y):
+    """Texture times vertex colour, (r, g, b, a) of 0 to 255, at a sample of a triangle."""
+    texels, smaller, levels = surface[3], surface[4], surface[5]
+    uu, vv, rr, gg, bb, aa, ones = attributes
+    scale = 1 / (ones[0] * x + ones[1] * y + ones[2])
+    if len(levels) == 1:  # a single texel
         r, g, b, a = texels[0, 0] * 1.0, texels[0, 1] * 1.0, texels[0, 2] * 1.0, texels[0, 3] * 1.0
     else:
-        u = w0 * uv[i, 0] + w1 * uv[j, 0] + w2 * uv[k, 0]
-        v = w0 * uv[i, 1] + w1 * uv[j, 1] + w2 * uv[k, 1]
-        # How far the texture moves from this sample to the next: the derivative of the quotient, in texels.
-        size_u, size_v, across, along = levels[0, 1] / total, levels[0, 2] / total, 0.0, 0.0
-        sx, sy = e0[0] + e1[0] + e2[0], e0[1] + e1[1] + e2[1]
-        ux = (e0[0] * uv[i, 0] + e1[0] * uv[j, 0] + e2[0] * uv[k, 0] - u * sx) * size_u
-        uy = (e0[1] * uv[i, 0] + e1[1] * uv[j, 0] + e2[1] * uv[k, 0] - u * sy) * size_u
-        vx = (e0[0] * uv[i, 1] + e1[0] * uv[j, 1] + e2[0] * uv[k, 1] - v * sx) * size_v
-        vy = (e0[1] * uv[i, 1] + e1[1] * uv[j, 1] + e2[1] * uv[k, 1] - v * sy) * size_v
-        across, along = ux * ux + vx * vx, uy * uy + vy * vy
-        level = min(max(0.5 * np.log2(max(across, along, 1e-30)), 0.0), len(levels) - 1.0)
+        u, v = (uu[0] * x + uu[1] * y + uu[2]) * scale, (vv[0] * x + vv[1] * y + vv[2]) * scale
+        # How far the texture moves from this sample to the next, in texels: the derivative of the quotient.
+        width, height = levels[0, 1] * scale, levels[0, 2] * scale
+        across = ((uu[0] - u * ones[0]) * width) ** 2 + ((vv[0] - v * ones[0]) * height) ** 2
+        along = ((uu[1] - u * ones[1]) * width) ** 2 + ((vv[1] - v * ones[1]) * height) ** 2
+        square = max(across, along)
+        level = min(0.5 * np.log2(square), len(levels) - 1.0) if square > 1 else 0.0
         lower = int(level)
         part = level - lower
         source = texels if lower == 0 else smaller
@@ -91,10 +114,10 @@ def _color(surface, face, e0, e1, e2, x, y):
             r1, g1, b1, a1 = _texel(smaller, levels[lower, 0], levels[lower, 1], levels[lower, 2], u, v)
             r, g, b, a = r + part * (r1 - r), g + part * (g1 - g), b + part * (b1 - b), a + part * (a1 - a)
     return (
-        r * (w0 * colors[i, 0] + w1 * colors[j, 0] + w2 * colors[k, 0]) / 255,
-        g * (w0 * colors[i, 1] + w1 * colors[j, 1] + w2 * colors[k, 1]) / 255,
-        b * (w0 * colors[i, 2] + w1 * colors[j, 2] + w2 * colors[k, 2]) / 255,
-        a * (w0 * colors[i, 3] + w1 * colors[j, 3] + w2 * colors[k, 3]) / 255,
+        r * (rr[0] * x + rr[1] * y + rr[2]) * scale,
+        g * (gg[0] * x + gg[1] * y + gg[2]) * scale,
+        b * (bb[0] * x + bb[1] * y + bb[2]) * scale,
+        a * (aa[0] * x + aa[1] * y + aa[2]) * scale,
     )
 
 
@@ -137,6 +160,7 @@ def draw(points, surface, has_holes, near, first_id, nearest, owner):
     faces = surface[0]
     height, width = owner.shape
     first_x, first_y, end_x, end_y = width, height, 0, 0
+    attributes = _attributes(surface, faces[0], _ZERO, _ZERO, _ZERO)
     for f in range(len(faces)):
         face = faces[f]
         left, right, top, bottom, far, close = _bounds(points, face, near, width, height)
@@ -145,7 +169,9 @@ def draw(points, surface, has_holes, near, first_id, nearest, owner):
         e0, e1, e2, determinant = _triangle(points, face)
         if not determinant > 0:  # seen from its edge
             continue
-        slope = (e0[0] + e1[0] + e2[0]) / determinant
+        ones = _sum(e0, e1, e2, 1.0, 1.0, 1.0)
+        if has_holes:
+            attributes = _attributes(surface, face, e0, e1, e2)
         first_y, end_y = min(first_y, int(top)), max(end_y, int(bottom) + 1)
         first_x, end_x = min(first_x, int(left)), max(end_x, int(right) + 1)
         for y in range(int(top), int(bottom) + 1):
@@ -158,17 +184,18 @@ def draw(points, surface, has_holes, near, first_id, nearest, owner):
                     end = min(end, -rest / e[0])
                 elif rest < 0:
                     end = -1.0
-            at_zero = ((e0[1] + e1[1] + e2[1]) * y + e0[2] + e1[2] + e2[2]) / determinant
+            slope, at_zero = ones[0] / determinant, (ones[1] * y + ones[2]) / determinant
+            nearest_row, owner_row = nearest[y], owner[y]
             for x in range(int(np.ceil(start)), int(np.floor(end)) + 1):
                 inverse = slope * x + at_zero
                 if inverse > 1 / near:
                     continue
                 inverse = np.float32(min(max(inverse, far), close))  # a sliver's may be nothing but rounding
-                if inverse > nearest[y, x]:
-                    if has_holes and _color(surface, face, e0, e1, e2, x, y)[3] < 127.5:
+                if inverse > nearest_row[x]:
+                    if has_holes and _color(surface, attributes, x, y)[3] < 127.5:
                         continue
-                    nearest[y, x] = inverse
-                    owner[y, x] = first_id + f
+                    nearest_row[x] = inverse
+                    owner_row[x] = first_id + f
     return first_x, first_y, end_x, end_y
 
 
@@ -183,8 +210,9 @@ def shade(points, surface, box, first_id, owner, samples, total):
         total: float32 [H / samples, W / samples, 3]; changed in place.
     """
     faces = surface[0]
-    last, e0, e1, e2 = -1, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)
     first_x, first_y, end_x, end_y = box
+    last = -1
+    attributes = _attributes(surface, faces[0], _ZERO, _ZERO, _ZERO)
     for y in range(first_y, end_y):
         for x in range(first_x, end_x):
             f = owner[y, x] - first_id
@@ -192,9 +220,26 @@ def shade(points, surface, box, first_id, owner, samples, total):
                 continue
             if f != last:
                 e0, e1, e2, _ = _triangle(points, faces[f])
+                attributes = _attributes(surface, faces[f], e0, e1, e2)
                 last = f
-            r, g, b, _ = _color(surface, faces[f], e0, e1, e2, x, y)
+            r, g, b, _ = _color(surface, attributes, x, y)
             pixel = total[y // samples, x // samples]
             pixel[0] += r
             pixel[1] += g
             pixel[2] += b
+
+
+@_compiled
+def resolve(owner, samples, total, picture):
+    """Writes the picture, uint8 [H / samples, W / samples, 4] with straight alpha, from the samples' sums."""
+    height, width = picture.shape[:2]
+    for row in range(height):
+        for column in range(width):
+            hits = 0
+            for y in range(row * samples, (row + 1) * samples):
+                for x in range(column * samples, (column + 1) * samples):
+                    hits += owner[y, x] >= 0
+            scale = 1 / max(hits, 1)
+            for channel in range(3):
+                picture[row, column, channel] = min(total[row, column, channel] * scale + 0.5, 255.0)
+            picture[row, column, 3] = hits * 255 / (samples * samples) + 0.5

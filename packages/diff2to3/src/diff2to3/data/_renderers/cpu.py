@@ -9,7 +9,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from diff2to3.data._mesh import Mesh, MeshPart
-from diff2to3.data._renderers._kernels import draw, shade
+from diff2to3.data._renderers._kernels import draw, resolve, shade
 
 _NEAR = 0.05
 _DEPTH_STEP = 4  # pixels between two values of depth
@@ -47,7 +47,7 @@ class CpuMeshRenderer:
         surfaces, samples = _surfaces(mesh), self.config.samples
         images = np.empty((len(world_to_camera), size, size, 4), np.uint8)
         for image, pose, matrix in zip(images, world_to_camera, intrinsics, strict=True):
-            image[:] = _picture(surfaces, matrix @ pose[:3], size, samples)
+            _picture(surfaces, matrix @ pose[:3], samples, image)
         return images, _depths(surfaces, world_to_camera, intrinsics, size)
 
 
@@ -116,15 +116,14 @@ def _drawn(
     return placed, nearest, owner
 
 
-def _picture(surfaces: list[_Surface], projection: np.ndarray, size: int, samples: int) -> np.ndarray:
-    """RGBA uint8 [size, size, 4], straight alpha."""
+def _picture(surfaces: list[_Surface], projection: np.ndarray, samples: int, image: np.ndarray) -> None:
+    """Fills an RGBA picture, uint8 [S, S, 4] with straight alpha."""
+    size = len(image)
     placed, _, owner = _drawn(surfaces, projection, size * samples, 1 / samples)
     total = np.zeros((size, size, 3), np.float32)
     for surface, (points, box, first_id) in zip(surfaces, placed, strict=True):
         shade(points, surface.arrays, box, first_id, owner, samples, total)
-    hits = (owner >= 0).reshape(size, samples, size, samples).sum((1, 3))[..., None]
-    mean = np.concatenate([total / np.maximum(hits, 1), hits * (255 / samples**2)], 2)
-    return np.rint(np.minimum(mean, 255)).astype(np.uint8)
+    resolve(owner, samples, total, image)
 
 
 def _depths(surfaces: list[_Surface], world_to_camera: np.ndarray, intrinsics: np.ndarray, size: int) -> np.ndarray:
