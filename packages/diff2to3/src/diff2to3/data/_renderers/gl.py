@@ -45,7 +45,7 @@ class GlMeshRenderer:
     """An OpenGL context with multisampled framebuffers; one per process.
 
     Raises:
-        RuntimeError: no EGL device or driver; on Debian ``apt install libegl1 libgl1-mesa-dri`` gives a software one.
+        RuntimeError: no EGL device or driver; on Debian ``apt install libegl1 libgl1 libgl1-mesa-dri`` has one.
     """
 
     def __init__(self, config: GlMeshRendererConfig) -> None:
@@ -57,7 +57,7 @@ class GlMeshRenderer:
             self.context: Any = moderngl.create_context(standalone=True, **options)
         except Exception as error:  # moderngl and glcontext raise bare Exception
             raise RuntimeError(
-                f"no OpenGL through EGL ({error}); install a driver, e.g. `apt install libegl1 libgl1-mesa-dri`"
+                f"no OpenGL through EGL ({error}); install a driver, e.g. `apt install libegl1 libgl1 libgl1-mesa-dri`"
             ) from error
         driver = self.context.info["GL_RENDERER"]
         if not config.software and any(name in driver.lower() for name in _SOFTWARE):
