@@ -80,7 +80,8 @@ def diff2to3_components():
 `target` is a class that takes an instance of `config` (a pydantic model, frozen, extra=forbid) as its only
 argument, or takes nothing when `config` is left out. A component whose parameters come from the pipeline directory
 needs no more; one that finds its weights itself says `weights="own"`. `requires` and `install` name optional
-modules and what to install for them.
+modules and what to install for them; `check` names a light function that says what else this machine lacks, such as a
+system library, or returns None.
 
 A plugin that fails to load is listed with its error and does not disturb the others. `tests/plugins/good` in the
 repository is a complete example.

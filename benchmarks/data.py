@@ -1,16 +1,23 @@
-"""Fuzzed assets through loading and voxelizing.
+"""Parts of `diff2to3 data` on this machine, each with a section of its own in the results.
 
-    python benchmarks/data.py --fuzz 2000 --seed 0 --write benchmarks/results/data_cpu.md
+    python benchmarks/data.py --fuzz 2000 --write benchmarks/results/data_cpu.md
+    python benchmarks/data.py --voxels 100 --assets ASSETS --write benchmarks/results/data_cpu.md
+    python benchmarks/data.py --renderers 20 --assets ASSETS --write benchmarks/results/data_cpu.md
 
-Whole assets of every format (made here, with textures beside or inside) are damaged at random: bits flipped, bytes cut,
-repeated or overwritten, numbers and names replaced by hostile ones. Each must load or be refused by a ValueError of
-one line; anything else counts as a crash. The process that reads them may open no file outside the asset's folder.
-`--write` replaces the section of this benchmark in a results file.
+fuzz: whole assets of every format (made here, with textures beside or inside) are damaged at random: bits flipped,
+bytes cut, repeated or overwritten, numbers and names replaced by hostile ones. Each must load or be refused by a
+ValueError of one line; anything else counts as a crash. The process that reads them may open no file outside the
+asset's folder.
+voxels: objects of a folder, drawn at random, by both rules, one thread; of three rounds in turns the best.
+renderers: the same by every mesh renderer that works here: views a second of two processes, as `data render
+--workers 2` has them, and how far the pictures differ. Blender draws two of the objects.
+`--write` replaces a part's section in a results file.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import random
@@ -21,19 +28,24 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import trimesh
-from diff2to3.data._mesh import load_mesh
-from diff2to3.data._voxelize import voxelize
+from diff2to3._errors import ComponentError, ComponentNotFoundError
+from diff2to3._plugins import MESH_RENDERER, build
+from diff2to3.data._mesh import MESH_SUFFIXES, load_mesh
+from diff2to3.data._store import tool_versions
+from diff2to3.data._views import sphere_views
+from diff2to3.data._voxelize import Rule, voxelize
 from PIL import Image
 
 NUMBERS = (b"-1", b"0", b"65536", b"4294967295", b"1e400", b"999999999999", b"NaN", b"null", b"[]", b"0.5")
 NAMES = (b"../outside.png", b"/etc/passwd", b"%2e%2e/outside.png", b"link.png", b"", b"\x00", b"file:///etc/passwd")
 TITLE = "# Data, cpu"
-HEADING = "## Fuzzed assets"
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def whole_assets(folder: Path) -> list[Path]:
@@ -131,28 +143,169 @@ def fuzz(count: int, seed: int) -> list[str]:
     return rows
 
 
+def drawn_at_random(assets: Path, count: int, seed: int) -> list[Path]:
+    """Files of `count` objects of a folder."""
+    files = sorted(path for path in assets.rglob("*") if path.suffix in MESH_SUFFIXES)
+    return [files[i] for i in np.random.default_rng(seed).permutation(len(files))[:count]]
+
+
+def voxels(assets: Path, count: int, seed: int) -> list[str]:
+    """Voxels an object and the time it takes, by rule; rows of the table."""
+    meshes = [load_mesh(path) for path in drawn_at_random(assets, count, seed)]
+    rows = [
+        "| grid | rule | voxels an object: mean | median | time an object: mean | most |",
+        "|---|---|---|---|---|---|",
+    ]
+    for grid_size in (32, 64):
+        found = {rule: [voxelize(mesh, grid_size, rule) for mesh in meshes] for rule in RULES}
+        times = {rule: np.full(len(meshes), np.inf) for rule in RULES}
+        for _ in range(3):
+            for number, mesh in enumerate(meshes):
+                for rule in RULES:
+                    start = time.perf_counter()
+                    voxelize(mesh, grid_size, rule)
+                    times[rule][number] = min(times[rule][number], time.perf_counter() - start)
+        for rule in RULES:
+            sizes, spent = [len(coords) for coords in found[rule]], times[rule] * 1000
+            rows.append(
+                f"| {grid_size}^3 | {rule} | {np.mean(sizes):,.0f} | {np.median(sizes):,.0f} |"
+                f" {spent.mean():.1f} ms | {spent.max():.0f} ms |"
+            )
+        exact, sampled = (sum(map(len, found[rule])) for rule in RULES)
+        rows.append(f"| {grid_size}^3 | sampled finds | {sampled / exact:.2%} of exact | | | |")
+    triangles = [len(mesh.triangles) for mesh in meshes]
+    return [*rows, "", f"Triangles an object: median {np.median(triangles):,.0f}, most {max(triangles):,}."]
+
+
+def drawing(name: str, config: dict[str, Any], paths: list[Path], size: int, views: int, pipe: Any) -> None:
+    """A process of the benchmark of renderers: one picture to get ready, then all when it is told to."""
+    renderer = build(MESH_RENDERER, name, config)
+    cameras = sphere_views(views, size, np.random.default_rng(0))
+    meshes = [load_mesh(path) for path in paths]
+    renderer(meshes[0], cameras.world_to_camera[:1], cameras.intrinsics[:1], size)
+    pipe.send("ready")
+    while pipe.recv():
+        for mesh in meshes:
+            renderer(mesh, cameras.world_to_camera, cameras.intrinsics, size)
+        pipe.send("done")
+
+
+def views_a_second(name: str, config: dict[str, Any], paths: list[Path], size: int, views: int, rounds: int) -> float:
+    """Pictures with depth that two processes draw in a second, half of the objects each; the best round."""
+    context, started = get_context("spawn"), []
+    for share in (paths[::2], paths[1::2]):
+        here, there = context.Pipe()
+        process = context.Process(target=drawing, args=(name, config, share, size, views, there), daemon=True)
+        process.start()
+        started.append((process, here))
+    for _, pipe in started:
+        pipe.recv()
+    best = np.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _, pipe in started:
+            pipe.send(True)
+        for _, pipe in started:
+            pipe.recv()
+        best = min(best, time.perf_counter() - start)
+    for process, pipe in started:
+        pipe.send(False)
+        process.join()
+    return len(paths) * views / best
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Mean PSNR on white, and intersection over union of the silhouettes, of RGBA pictures [V, S, S, 4]."""
+    scores = []
+    for pair in zip(first, second, strict=True):
+        alpha = [picture[..., 3:] / 255 for picture in pair]
+        on_white = [p[..., :3] / 255 * a + 1 - a for p, a in zip(pair, alpha, strict=True)]
+        error = np.square(on_white[0] - on_white[1]).mean()
+        a, b = (x > 0.6 for x in alpha)  # none of 4, 8 or 9 samples gives 0.6
+        scores.append((-10 * np.log10(max(error, 1e-8)), (a & b).sum() / max(1, (a | b).sum())))
+    psnr, iou = np.mean(scores, 0)
+    return float(psnr), float(iou)
+
+
+def renderers(assets: Path, count: int, seed: int) -> list[str]:
+    """Speed and agreement of the mesh renderers; rows of two tables."""
+    paths, unlit = drawn_at_random(assets, count, seed), {"light": "none"}
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {"gl": ("gl", {}), "cpu": ("cpu", {})}
+    kinds |= {"blender, unlit": ("blender", unlit), "blender, uniform light": ("blender", {})}
+    notes, opened = [], {}
+    for kind, (name, config) in kinds.items():
+        try:
+            opened[kind] = build(MESH_RENDERER, name, config)
+        except (ComponentError, ComponentNotFoundError) as error:
+            notes.append(f"{kind} is left out: {error}.")
+    if "gl" in opened:
+        info = opened["gl"].context.info["GL_RENDERER"]  # type: ignore[attr-defined]
+        notes.append(f"OpenGL: {info}, {opened['gl'].samples} samples a pixel.")  # type: ignore[attr-defined]
+    rows = ["| renderer | views a second at 256^2 | at 512^2 |", "|---|---|---|"]
+    for kind in opened:
+        share = paths[:2] if kind.startswith("blender") else paths
+        speeds = [views_a_second(*kinds[kind], share, size, 4, 2 if len(share) == 2 else 4) for size in (256, 512)]
+        rows.append(f"| {kind} | {speeds[0]:.1f} | {speeds[1]:.1f} |")
+    rows += [
+        "",
+        "| pictures of 256^2 | objects | mean PSNR | least | mean silhouette IoU | least |",
+        "|---|---|---|---|---|---|",
+    ]
+    cameras, fine = sphere_views(8, 256, np.random.default_rng(seed)), build(MESH_RENDERER, "cpu", {"samples": 12})
+    meshes = [load_mesh(path) for path in paths]
+    pictures: dict[str, list[np.ndarray]] = {"cpu with 12 x 12 samples": []}
+    for mesh in meshes:
+        pictures["cpu with 12 x 12 samples"].append(fine(mesh, cameras.world_to_camera, cameras.intrinsics, 256)[0])
+    for kind, renderer in opened.items():
+        some = meshes[:2] if kind.startswith("blender") else meshes
+        pictures[kind] = [renderer(mesh, cameras.world_to_camera, cameras.intrinsics, 256)[0] for mesh in some]
+    for first, second in itertools.combinations(pictures, 2):
+        scores = np.array([difference(a, b) for a, b in zip(pictures[first], pictures[second], strict=False)])
+        (psnr, iou), (least, least_iou) = scores.mean(0), scores.min(0)
+        rows.append(
+            f"| {first} / {second} | {len(scores)} | {psnr:.1f} dB | {least:.1f} dB | {iou:.4f} | {least_iou:.4f} |"
+        )
+    return [*rows, "", *notes]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fuzz", type=int, default=2000, help="assets to damage and read")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--fuzz", type=int, metavar="COUNT", default=2000, help="assets to damage and read (the default)")
+    part.add_argument("--voxels", type=int, metavar="COUNT", help="objects to voxelize by both rules")
+    part.add_argument("--renderers", type=int, metavar="COUNT", help="objects to draw by every renderer")
+    parser.add_argument("--assets", type=Path, help="folder of the objects to draw from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="results file whose section is replaced")
     arguments = parser.parse_args()
-    rows = fuzz(arguments.fuzz, arguments.seed)
+    if (arguments.voxels or arguments.renderers) and arguments.assets is None:
+        parser.error("--voxels and --renderers need --assets FOLDER")
+    if arguments.voxels:
+        heading, options = "## Rules of voxels", f"--voxels {arguments.voxels} --assets ASSETS"
+        rows = voxels(arguments.assets, arguments.voxels, arguments.seed)
+    elif arguments.renderers:
+        heading, options = "## Mesh renderers", f"--renderers {arguments.renderers} --assets ASSETS"
+        rows = renderers(arguments.assets, arguments.renderers, arguments.seed)
+    else:
+        heading, options = "## Fuzzed assets", f"--fuzz {arguments.fuzz}"
+        rows = fuzz(arguments.fuzz, arguments.seed)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("trimesh", "pillow", "numpy"))
+    known = tool_versions()
+    tools = [f"{t} {known[t]}" for t in ("trimesh", "pillow", "numpy", "numba", "moderngl", "bpy") if t in known]
     head = [
-        HEADING,
+        heading,
         "",
-        f"`python benchmarks/data.py --fuzz {arguments.fuzz} --seed {arguments.seed}`: {platform.machine()} CPU,",
-        f"Python {platform.python_version()}; {versions}; commit {commit}.",
+        f"`python benchmarks/data.py {options} --seed {arguments.seed}`: {platform.machine()} CPU,"
+        f" {os.cpu_count()} cores,",
+        f"Python {platform.python_version()}; {', '.join(tools)}; commit {commit}.",
         "",
     ]
     section = "\n".join([*head, *rows]).rstrip() + "\n"
     print(section)
     if arguments.write:
         old = arguments.write.read_text() if arguments.write.exists() else f"{TITLE}\n"
-        kept = re.sub(rf"\n{HEADING}\n.*?(?=\n## |\Z)", "", old, flags=re.DOTALL).rstrip()
+        kept = re.sub(rf"\n{heading}\n.*?(?=\n## |\Z)", "", old, flags=re.DOTALL).rstrip()
         arguments.write.write_text(f"{kept}\n\n{section}")
 
 

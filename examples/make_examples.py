@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from diff2to3 import object_crop
 from diff2to3.data._mesh import load_mesh
-from diff2to3.data._rasterize import MeshRenderer
+from diff2to3.data._renderers import open_renderer
 from diff2to3.data._synthesize import make_object
 from diff2to3.data._views import orbit
 from PIL import Image
@@ -30,14 +30,14 @@ OBJECTS = {
 
 def main() -> None:
     """Writes every picture beside this file."""
-    renderer = MeshRenderer()
+    renderer = open_renderer()
     for name, (seed, number, azimuth, elevation) in OBJECTS.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.glb"
             make_object(name, seed, number).export(path)
             mesh = load_mesh(path)
         views = orbit(np.array([azimuth]), np.array([elevation]), np.array([3.0]), np.array([30.0]), 3 * SIZE)
-        frames, _ = renderer.render(mesh, views.world_to_camera, views.intrinsics, views.size)
+        frames, _ = renderer(mesh, views.world_to_camera, views.intrinsics, views.size)
         picture = np.rint(object_crop(frames[0], SIZE) * 255).astype(np.uint8)
         Image.fromarray(picture).save(Path(__file__).with_name(f"{name}.png"), optimize=True)
 

@@ -24,6 +24,25 @@ def golden_dir(request):
 
 
 @pytest.fixture(scope="session")
+def mesh_renderer():
+    """Opens a renderer of meshes by name, once; skips the test where it does not work."""
+    from diff2to3._errors import ComponentError, ComponentNotFoundError
+    from diff2to3._plugins import MESH_RENDERER, build
+
+    opened = {}
+
+    def open_by_name(name):
+        try:
+            if name not in opened:
+                opened[name] = build(MESH_RENDERER, name)
+        except (ComponentError, ComponentNotFoundError) as error:
+            pytest.skip(f"NO RENDERER {name}: {error}")
+        return opened[name]
+
+    return open_by_name
+
+
+@pytest.fixture(scope="session")
 def micro_pipeline(tmp_path_factory):
     """Directory of a complete pipeline of the smallest size, with weights from a fixed seed: nonsense, but lively."""
     return build_micro_pipeline(tmp_path_factory.mktemp("micro"))

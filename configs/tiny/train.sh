@@ -48,7 +48,7 @@ features=(--set parts.features="$out/autoencoder/model")
 perceptual=()
 [ -n "${LPIPS:-}" ] && perceptual=(--set options.lpips="$LPIPS" --set options.lpips_backbone=alex)
 
-run data voxelize "$assets" "$data" --workers "$workers"
+run data voxelize "$assets" "$data" --workers "$workers" --rule sampled  # as the embedded models were trained
 say voxels
 stage "$second" structure-vae 1.5 & structure_vae=$!
 run data render "$assets" "$data" --workers "$workers" --split val

@@ -3,16 +3,12 @@
 import numpy as np
 import pytest
 from diff2to3.data._mesh import Mesh, MeshPart
-from diff2to3.data._rasterize import MeshRenderer
 
 
-@pytest.fixture(scope="session")
-def renderer():
-    """The OpenGL renderer."""
-    try:
-        return MeshRenderer()
-    except RuntimeError as error:
-        pytest.skip(f"NO OPENGL: {error}")
+@pytest.fixture(scope="session", params=["gl", "cpu"])
+def renderer(request, mesh_renderer):
+    """The renderers of meshes that show the base colour."""
+    return mesh_renderer(request.param)
 
 
 @pytest.fixture(scope="session")

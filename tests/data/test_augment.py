@@ -43,11 +43,13 @@ def as_set(coords):
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3, 4, -1])
-def test_turned_object_from_turned_camera_gives_the_same_picture(renderer, lopsided, turns):
+def test_turned_object_from_turned_camera_gives_the_same_picture(mesh_renderer, lopsided, turns):
     views = some_views()
-    expected, depth = renderer.render(lopsided, views.world_to_camera, views.intrinsics, SIZE)
+    expected, depth = mesh_renderer("cpu")(lopsided, views.world_to_camera, views.intrinsics, SIZE)
     cameras = turn_cameras(torch.from_numpy(views.world_to_camera), turns).numpy()
-    images, turned_depth = renderer.render(transformed(lopsided, yaw_matrix(turns)), cameras, views.intrinsics, SIZE)
+    images, turned_depth = mesh_renderer("cpu")(
+        transformed(lopsided, yaw_matrix(turns)), cameras, views.intrinsics, SIZE
+    )
     assert_same_pictures(images, expected)
     assert (np.isinf(depth) == np.isinf(turned_depth)).mean() > 0.99
 
@@ -71,11 +73,11 @@ def test_mirror_coords_equals_voxelizing_the_mirrored_mesh(lopsided):
     assert as_set(mirror_coords(coords, 16)) == as_set(voxelize(transformed(lopsided, np.diag([-1, 1, 1])), 16))
 
 
-def test_mirrored_object_from_mirrored_camera_gives_the_flipped_picture(renderer, lopsided):
+def test_mirrored_object_from_mirrored_camera_gives_the_flipped_picture(mesh_renderer, lopsided):
     views = some_views()
-    expected, _ = renderer.render(lopsided, views.world_to_camera, views.intrinsics, SIZE)
+    expected, _ = mesh_renderer("cpu")(lopsided, views.world_to_camera, views.intrinsics, SIZE)
     cameras = mirror_cameras(torch.from_numpy(views.world_to_camera)).numpy()
-    images, _ = renderer.render(transformed(lopsided, np.diag([-1, 1, 1])), cameras, views.intrinsics, SIZE)
+    images, _ = mesh_renderer("cpu")(transformed(lopsided, np.diag([-1, 1, 1])), cameras, views.intrinsics, SIZE)
     flipped = expected[:, :, ::-1]
     interior = (images[..., 3] == 255) & (flipped[..., 3] == 255)
     difference = np.abs(images.astype(int) - flipped).max(-1)

@@ -1,12 +1,14 @@
 """`diff2to3 data` from assets to latents."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from diff2to3._cli import cli
+from diff2to3.data._mesh import load_mesh
 from diff2to3.data._store import Store, decode_png
 from diff2to3.train._checkpoint import read_config, read_weights, save_model
 from flux_features import FluxFeatures, FluxFeaturesConfig
@@ -30,7 +32,7 @@ def save_random(folder, model_class, config):
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory, renderer):
+def dataset(tmp_path_factory):
     """Three objects and a broken one, taken through all stages."""
     root = tmp_path_factory.mktemp("data")
     assets, out = root / "assets", root / "set"
@@ -154,6 +156,99 @@ def test_a_second_run_changes_no_file(dataset):
     assert {path: path.stat().st_mtime_ns for path in store.root.rglob("*.safetensors")} == before
 
 
+def test_the_renderer_and_its_config_are_settings(dataset, tmp_path):
+    root, _, _, rendering = dataset
+    base = ["render", root / "assets", tmp_path, *rendering, "--limit", 1, "--condition-fov", 10, 70]
+    assert "render: renderer cpu\n" in invoke(*base, "--renderer", "cpu").stderr
+    settings = Store(tmp_path).manifest("render")["settings"]
+    assert (settings["renderer"], settings["renderer_config"]) == ("cpu", {"samples": 3})
+    assert settings["condition_fov"] == [10, 70]
+    object_id = Store(tmp_path).objects()[0]["id"]
+    first = Store(tmp_path).read("render", object_id)
+    focal = first["condition_intrinsics"][:, 0, 0]
+    fov = np.degrees(2 * np.arctan(96 / 2 / focal))  # the frame is half as large again as the picture of 64
+    assert (first["condition_intrinsics"][:, 0, 2] == 48).all()
+    assert ((fov > 10) & (fov < 70)).all()
+    invoke(*base, "--renderer", "cpu", "--renderer-set", "samples=1")
+    assert Store(tmp_path).manifest("render")["settings"]["renderer_config"] == {"samples": 1}
+    assert Store(tmp_path).read("render", object_id)["view_png"].tobytes() != first["view_png"].tobytes()
+
+
+def test_auto_takes_the_first_renderer_that_works_and_says_why(monkeypatch):
+    from diff2to3._errors import ComponentError
+    from diff2to3.data import _renderers
+    from diff2to3.data._render_stage import RenderSettings, with_renderer
+
+    asked, working = [], {"cpu"}
+
+    def build(role, name, config):
+        asked.append((name, dict(config)))
+        if name not in working:
+            raise ComponentError(f"{name} has no driver")
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(_renderers, "build", build)
+    assert _renderers.choose_renderer() == ("cpu", "gl has no driver")
+    assert asked == [("gl", {"software": False}), ("cpu", {})]
+    working.add("gl")
+    assert _renderers.choose_renderer() == ("gl", "")
+    working.clear()
+    with pytest.raises(ComponentError, match="no mesh renderer works here: gl has no driver; cpu has no driver"):
+        _renderers.choose_renderer()
+    working.add("cpu")
+    settings, reasons = with_renderer(RenderSettings(renderer="auto"))
+    assert (settings.renderer, settings.renderer_config, reasons) == ("cpu", {"samples": 3}, "gl has no driver")
+
+
+def test_software_opengl_is_told_from_a_gpu(mesh_renderer):
+    from diff2to3._errors import ComponentError
+    from diff2to3._plugins import MESH_RENDERER, build
+    from diff2to3.data._renderers.gl import _SOFTWARE
+
+    driver = mesh_renderer("gl").context.info["GL_RENDERER"].lower()
+    if any(name in driver for name in _SOFTWARE):
+        with pytest.raises(ComponentError, match="its driver draws on the CPU"):
+            build(MESH_RENDERER, "gl", {"software": False})
+    else:
+        build(MESH_RENDERER, "gl", {"software": False}).close()
+
+
+def test_rules_of_voxels(dataset, tmp_path):
+    from diff2to3._errors import InputError
+    from diff2to3.data._voxelize import voxelize
+
+    root, store, _, _ = dataset
+    object_id = names(store)[0]
+    assert store.manifest("voxels")["settings"] == {"grid_size": GRID, "rule": "exact"}
+    assert store.settings("voxels", object_id) == {"grid_size": GRID, "rule": "exact"}
+    mesh = load_mesh(root / "assets" / f"{object_id}.glb")
+    np.testing.assert_array_equal(store.read("voxels", object_id)["coords"], voxelize(mesh, GRID))
+    arguments = ["voxelize", root / "assets", tmp_path, "--grid-size", GRID, "--workers", 1, "--rule", "sampled"]
+    invoke(*arguments)
+    sampled = Store(tmp_path)
+    assert sampled.manifest("voxels")["settings"]["rule"] == "sampled"
+    np.testing.assert_array_equal(sampled.read("voxels", object_id)["coords"], voxelize(mesh, GRID, "sampled"))
+    invoke(*arguments[:-1], "exact")  # nothing stands on them yet
+    np.testing.assert_array_equal(
+        sampled.read("voxels", object_id)["coords"], store.read("voxels", object_id)["coords"]
+    )
+    before = store.path("voxels", object_id).read_bytes()
+    result = CliRunner().invoke(cli, ["data", *map(str, [*arguments[:2], store.root, *arguments[3:]])])
+    assert isinstance(result.exception, InputError)
+    assert "3 objects have features on voxels of rule 'exact', got --rule sampled" in str(result.exception)
+    assert store.path("voxels", object_id).read_bytes() == before
+
+
+def test_voxels_from_before_there_were_rules_are_sampled(tmp_path):
+    from diff2to3.data._render_stage import voxel_rule
+    from safetensors.numpy import save_file
+
+    store = Store(tmp_path)
+    store.path("voxels", "a").parent.mkdir()
+    save_file({"coords": np.zeros((1, 3), np.uint8)}, store.path("voxels", "a"), {"settings": "of that time"})
+    assert voxel_rule(store, "a") == "sampled"
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -185,6 +280,10 @@ def test_rendering_is_deterministic(dataset, tmp_path):
         (["render", "EMPTY", "OUT"], "no .glb"),
         (["voxelize", "ASSETS", "OUT", "--split", "nope"], "--split nope"),
         (["render", "ASSETS", "OUT", "--size", "50"], "multiple of 32, got 50"),
+        (["render", "ASSETS", "OUT", "--condition-fov", "60", "20"], "the smaller first"),
+        (["render", "ASSETS", "OUT", "--renderer", "crayon"], "no mesh_renderer named 'crayon'; available: cpu"),
+        (["render", "ASSETS", "OUT", "--renderer", "cpu", "--renderer-set", "samples=0"], "greater than or equal to 1"),
+        (["render", "ASSETS", "OUT", "--renderer", "cpu", "--renderer-set", "samples"], "expected key=value"),
         (["features", "EMPTY", "--extractor", "EMPTY"], "not a data set"),
         (["features", "SET", "--extractor", "EMPTY"], "no usable config.json"),
         (["features", "SET", "--extractor", "VAE"], "no usable config.json for FluxFeaturesConfig"),

@@ -87,6 +87,17 @@ def test_same_tensors_same_bytes(tmp_path):
         assert value.dtype == tensors[name].dtype
 
 
+def test_a_file_says_what_it_was_made_with(tmp_path):
+    store, ids = Store(tmp_path), ["a", "b"]
+    run_stage(store, "s", ids, Work(), {"n": 1, "rule": [2, {"x": None}]})
+    assert store.settings("s", "a") == {"n": 1, "rule": [2, {"x": None}]}
+    assert store.settings("s", "absent") == {}
+    for asked in ({"n": 1}, {"rule": [2, {"x": None}]}, {"rule": (2, {"x": None}), "n": 1}):
+        assert list(store.finished("s", asked, ids)) == ids
+    for asked in ({"n": 2}, {"n": 1, "more": 1}, {"rule": [2, {"x": 0}]}):
+        assert store.finished("s", asked, ids) == {}
+
+
 def test_files_from_before_hashes_are_finished(tmp_path):
     store, work = Store(tmp_path), Work()
     store.path("s", "a").parent.mkdir()

@@ -220,7 +220,7 @@ def test_a_column_of_a_later_index_is_kept(tmp_path):
     assert listed_paths(store) == {"b": "x/b.glb"}
 
 
-def test_evaluation_finds_the_mesh_by_the_path_of_its_row(tmp_path, renderer):
+def test_evaluation_finds_the_mesh_by_the_path_of_its_row(tmp_path, mesh_renderer):
     root, out = tmp_path / "assets", tmp_path / "set"
     textured(root / "models" / "first" / "raw.glb")
     (root / "index.csv").write_text("id,split,path\na,val,models/first/raw.glb\n")
@@ -229,5 +229,5 @@ def test_evaluation_finds_the_mesh_by_the_path_of_its_row(tmp_path, renderer):
         result = CliRunner().invoke(cli, ["data", stage[0], str(root), str(out), *stage[1:], "--workers", "1"])
         assert result.exit_code == 0, result.output
     (row,) = Store(out).objects("val")
-    item = _input(renderer, Store(out), root, row, 0)
+    item = _input(mesh_renderer("cpu"), Store(out), root, row, 0)
     assert (item["frame"][..., 3] > 127).mean() > 0.02

@@ -9,6 +9,7 @@ from diff2to3.testing import (
     FeatureExtractorContract,
     LatentDecoderContract,
     MattingContract,
+    MeshRendererContract,
     RendererContract,
     StructureContract,
 )
@@ -69,3 +70,9 @@ class TestTorchRenderer(RendererContract):
     @pytest.fixture
     def component(self):
         return TorchRenderer(RendererConfig())
+
+
+class TestMeshRenderers(MeshRendererContract):
+    @pytest.fixture(params=["gl", "cpu"])
+    def component(self, request, mesh_renderer):
+        return mesh_renderer(request.param)

@@ -131,6 +131,38 @@ def test_unknown_name_lists_what_there_is(plugin):
         found.find(MATTING, "fancy")
 
 
+def test_a_check_tells_what_the_machine_lacks(plugin):
+    answers = {"fine": lambda: None, "lacking": lambda: "no driver", "broken": lambda: 1 / 0}
+    specs = [cutter(name, check=f"_acme_cut_plugin:{name}") for name in answers]
+    both = cutter("both", check="_acme_cut_plugin:lacking", requires=("a_module_that_nobody_has",))
+    absent = cutter("absent", check="_acme_cut_plugin:absent")
+    found = Registry([plugin("acme-cut", [*specs, both, absent], **answers)])
+    reasons = {c.spec.name: c.unavailable_reason() for c in found.components}
+    assert reasons["fine"] is None
+    assert reasons["lacking"] == "no driver"
+    assert reasons["broken"] == "its check _acme_cut_plugin:broken failed: ZeroDivisionError: division by zero"
+    assert reasons["both"] == "needs the module a_module_that_nobody_has; no driver"
+    assert "AttributeError" in reasons["absent"]
+    with pytest.raises(ComponentNotFoundError, match="not available: no driver"):
+        found.find(MATTING, "lacking")
+    assert found.find(MATTING, "fine").spec.name == "fine"
+
+
+def test_own_checks_name_libraries_and_versions(monkeypatch):
+    import _diff2to3_plugin as manifest
+
+    assert manifest._missing_libraries("libno-such-thing.so.1") == "needs the system library libno-such-thing.so.1"
+    monkeypatch.setattr(manifest, "_missing_libraries", lambda *names: f"needs {', '.join(names)}")
+    assert manifest.without_opengl() == (
+        "needs libEGL.so.1, libGL.so.1 (Debian: apt install libegl1 libgl1 libgl1-mesa-dri)"
+    )
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "version_info", (3, 13, 1))
+    assert "needs libGL.so.1, libSM.so.6" in manifest.without_blender()
+    monkeypatch.setattr(sys, "version_info", (3, 12, 4))
+    assert manifest.without_blender() == "bpy is for Python 3.11 and 3.13, this is 3.12"
+
+
 def test_table_rows(plugin):
     lacking = cutter("fancy", requires=("a_module_that_nobody_has",))
     rows = Registry([plugin("acme-cut", [lacking, cutter()]), plugin("broken")]).table()
@@ -182,6 +214,8 @@ BAD_FIELDS = [
     {"config": "Config"},
     {"api": "1"},
     {"requires": ["a"]},
+    {"check": "a_function"},
+    {"check": ("a:b",)},
     {"weights": "none"},
     {"licence": "MIT"},
     {"licence": (("large", ""),)},

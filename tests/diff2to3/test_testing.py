@@ -1,17 +1,21 @@
 """The contracts can fail: for every check, a component that is broken in just that way."""
 
+import dataclasses
 import sys
 import types
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from diff2to3._matting import BorderMatting
+from diff2to3.data._mesh import Mesh
 from diff2to3.testing import (
     BackboneContract,
     FeatureExtractorContract,
     LatentDecoderContract,
     MattingContract,
+    MeshRendererContract,
     RendererContract,
     StructureContract,
 )
@@ -361,6 +365,49 @@ def test_renderer_check_can_fail(check, change):
     getattr(RendererContract(), check)(Renderer(lambda *out: out))
     with pytest.raises(AssertionError):
         getattr(RendererContract(), check)(Renderer(change))
+
+
+class MeshRenderer:
+    """Keeps the contract, through a change of what it draws that may break it."""
+
+    def __init__(self, renderer, change=lambda images, depth: (images, depth), parts=lambda parts: parts):
+        self.renderer, self.change, self.parts = renderer, change, parts
+
+    def close(self):
+        """Nothing."""
+
+    def __call__(self, mesh, world_to_camera, intrinsics, size):
+        return self.change(*self.renderer(Mesh(self.parts(mesh.parts)), world_to_camera, intrinsics, size))
+
+
+def grey_background(images, depth):
+    return np.where(images[..., 3:] == 0, np.uint8([9, 9, 9, 0]), images), depth
+
+
+@pytest.mark.parametrize(
+    ("check", "broken"),
+    [
+        ("test_shapes_and_types", {"change": lambda i, d: (i / 255, d)}),
+        ("test_shapes_and_types", {"change": lambda i, d: (i[..., :3], d)}),
+        ("test_shapes_and_types", {"change": lambda i, d: (i, d.repeat(4, 1).repeat(4, 2))}),
+        ("test_shapes_and_types", {"change": grey_background}),
+        ("test_a_square_is_where_it_should_be", {"change": lambda i, d: (i[:, ::-1], d[:, ::-1])}),
+        ("test_a_square_is_where_it_should_be", {"change": lambda i, d: (i[:, :, ::-1], d[:, :, ::-1])}),
+        ("test_a_square_is_where_it_should_be", {"change": lambda i, d: (i[..., [2, 1, 0, 3]], d)}),
+        ("test_a_square_is_where_it_should_be", {"change": lambda i, d: (i, d - 0.1)}),
+        ("test_a_square_is_where_it_should_be", {"change": lambda i, d: (i, np.where(np.isinf(d), 0, d))}),
+        ("test_the_nearer_square_hides_the_other", {"parts": lambda parts: parts[1:]}),
+        ("test_the_nearer_square_hides_the_other", {"parts": lambda parts: [opaque(part) for part in parts]}),
+    ],
+)
+def test_mesh_renderer_check_can_fail(mesh_renderer, check, broken):
+    getattr(MeshRendererContract(), check)(MeshRenderer(mesh_renderer("cpu")))
+    with pytest.raises(AssertionError):
+        getattr(MeshRendererContract(), check)(MeshRenderer(mesh_renderer("cpu"), **broken))
+
+
+def opaque(part):
+    return dataclasses.replace(part, colors=np.maximum(part.colors, np.uint8([0, 0, 0, 255])))
 
 
 def test_light_manifest_check_can_fail(monkeypatch, tmp_path):

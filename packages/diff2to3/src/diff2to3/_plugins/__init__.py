@@ -15,6 +15,7 @@ from diff2to3._plugins._roles import EXPORTER as EXPORTER
 from diff2to3._plugins._roles import FEATURE_EXTRACTOR as FEATURE_EXTRACTOR
 from diff2to3._plugins._roles import LATENT_DECODER as LATENT_DECODER
 from diff2to3._plugins._roles import MATTING as MATTING
+from diff2to3._plugins._roles import MESH_RENDERER as MESH_RENDERER
 from diff2to3._plugins._roles import METRIC as METRIC
 from diff2to3._plugins._roles import PIPELINE_ROLES as PIPELINE_ROLES
 from diff2to3._plugins._roles import RENDERER as RENDERER
@@ -25,6 +26,7 @@ from diff2to3._plugins._roles import Exporter as Exporter
 from diff2to3._plugins._roles import FeatureExtractor as FeatureExtractor
 from diff2to3._plugins._roles import LatentDecoder as LatentDecoder
 from diff2to3._plugins._roles import Matting as Matting
+from diff2to3._plugins._roles import MeshRenderer as MeshRenderer
 from diff2to3._plugins._roles import Metric as Metric
 from diff2to3._plugins._roles import Renderer as Renderer
 from diff2to3._plugins._roles import Role as Role

@@ -6,6 +6,7 @@ Nothing here imports a component: that happens in `Registry.build`, for the sele
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import re
 from collections.abc import Iterable
@@ -46,10 +47,21 @@ class Component:
             return None
         modules = [self.spec.target.split(":")[0], *self.spec.requires]
         missing = [module for module in modules if not _is_installed(module)]
-        if not missing:
-            return None
         advice = f": pip install '{self.spec.install}'" if self.spec.install else ""
-        return f"needs the module {', '.join(missing)}{advice}"
+        reasons = [f"needs the module {', '.join(missing)}{advice}"] if missing else []
+        if (reason := self._checked()) is not None:
+            reasons.append(reason)
+        return "; ".join(reasons) or None
+
+    def _checked(self) -> str | None:
+        if self.spec.check is None:
+            return None
+        module, _, attribute = self.spec.check.partition(":")
+        try:
+            reason = getattr(importlib.import_module(module), attribute)()
+        except Exception as error:  # a third party's check must not break the listing
+            return f"its check {self.spec.check} failed: {type(error).__name__}: {_one_line(error)}"
+        return None if reason is None else str(reason)
 
     def as_dict(self) -> dict[str, Any]:
         """The row that ``diff2to3 plugins --json`` prints; ``licence`` only where published weights have one."""

@@ -1,4 +1,4 @@
-"""The roles of a pipeline: what each part is asked to do. `docs/plugins.md` is generated from this file."""
+"""The roles of pipelines and data tools: what each part is asked to do. `docs/plugins.md` is generated from this."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from gs_render import Camera, Gaussians
     from gs_render import RenderOutput as Rendering
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Float32, Int, UInt8
     from PIL import Image
     from sparse_vae import SparseTensor
     from torch import Tensor
+
+    from diff2to3.data._mesh import Mesh
 
 T = TypeVar("T")
 
@@ -107,6 +110,28 @@ class Renderer(Protocol):
         ...
 
 
+class MeshRenderer(Protocol):
+    """Draws textured meshes for data sets; knows nothing of Gaussians."""
+
+    def __call__(
+        self,
+        mesh: Mesh,
+        world_to_camera: Float[np.ndarray, "v 4 4"],
+        intrinsics: Float[np.ndarray, "v 3 3"],
+        size: int,
+    ) -> tuple[UInt8[np.ndarray, "v size size 4"], Float32[np.ndarray, "v size/4 size/4"]]:
+        """A mesh inside [-0.5, 0.5]^3 and V cameras (OpenCV; pixels, their centres at +0.5) -> RGBA with straight
+        alpha, and view-space z of the nearest surface at the centre of each 4 x 4 pixels, inf where there is none.
+
+        Both sides of a triangle show, alpha below one half is a hole. ``size`` is a multiple of 4.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what it holds outside Python; it is not called afterwards."""
+        ...
+
+
 class Exporter(Protocol):
     """A function that writes Gaussians to a file; its name is the suffix it serves, without the dot."""
 
@@ -157,12 +182,23 @@ STRUCTURE: Role[Structure] = Role("structure", Structure)
 BACKBONE: Role[Backbone] = Role("backbone", Backbone)
 LATENT_DECODER: Role[LatentDecoder] = Role("latent_decoder", LatentDecoder)
 RENDERER: Role[Renderer] = Role("renderer", Renderer)
+MESH_RENDERER: Role[MeshRenderer] = Role("mesh_renderer", MeshRenderer)
 EXPORTER: Role[Exporter] = Role("exporter", Exporter, is_function=True)
 METRIC: Role[Metric] = Role("metric", Metric, is_function=True)
 
 ROLES: dict[str, Role[Any]] = {
     role.name: role
-    for role in (MATTING, FEATURE_EXTRACTOR, STRUCTURE, BACKBONE, LATENT_DECODER, RENDERER, EXPORTER, METRIC)
+    for role in (
+        MATTING,
+        FEATURE_EXTRACTOR,
+        STRUCTURE,
+        BACKBONE,
+        LATENT_DECODER,
+        RENDERER,
+        MESH_RENDERER,
+        EXPORTER,
+        METRIC,
+    )
 }
 #: The roles that make up a pipeline, in the order in which they work.
 PIPELINE_ROLES: tuple[Role[Any], ...] = (MATTING, FEATURE_EXTRACTOR, STRUCTURE, BACKBONE, LATENT_DECODER, RENDERER)

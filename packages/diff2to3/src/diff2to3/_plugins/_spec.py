@@ -33,6 +33,9 @@ class ComponentSpec:
             argument; None when the class takes no argument.
         api: version of the component contract it was written for.
         requires: import names of optional modules that it cannot run without; it is listed as unavailable then.
+        check: ``"module:function"`` of a light function that takes nothing and says why the component cannot run on
+            this machine (a system library, a driver), or None; it may stand in the manifest. Called when components are
+            listed or selected.
         install: what ``pip install`` adds those, for example ``"diff2to3[matting]"``; shown to the user.
         weights: ``"pipeline"`` when its parameters come from the pipeline's directory, ``"own"`` when it finds them
             itself. A component of the first kind is refused where the directory has none for it: it would be random.
@@ -48,6 +51,7 @@ class ComponentSpec:
     config: str | None = None
     api: int = API_VERSION
     requires: tuple[str, ...] = ()
+    check: str | None = None
     install: str = ""
     weights: Literal["pipeline", "own"] = "pipeline"
     licence: tuple[tuple[str, str], ...] = ()
@@ -55,7 +59,8 @@ class ComponentSpec:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            expected = {"config": (str, type(None)), "api": int, "requires": tuple, "licence": tuple}.get(
+            optional = (str, type(None))
+            expected = {"config": optional, "check": optional, "api": int, "requires": tuple, "licence": tuple}.get(
                 field.name, str
             )
             if not isinstance(value, expected):  # type: ignore[arg-type]
@@ -69,7 +74,7 @@ class ComponentSpec:
             raise ValueError(
                 f"ComponentSpec.name: got {self.name!r}, expected lower-case letters, digits, '.', '_' or '-'"
             )
-        for label, target in (("target", self.target), ("config", self.config)):
+        for label, target in (("target", self.target), ("config", self.config), ("check", self.check)):
             if target is not None and not _TARGET.fullmatch(target):
                 raise ValueError(f"ComponentSpec.{label}: got {target!r}, expected 'package.module:Attribute'")
 

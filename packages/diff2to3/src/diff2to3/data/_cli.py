@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -93,7 +94,25 @@ def _rows(source: Path, index: Path | None, splits: tuple[str, ...], limit: int 
 @click.option("--views", type=_POSITIVE, default=32, show_default=True, help="Views over the sphere, for features.")
 @click.option("--extra-views", type=int, default=8, show_default=True, help="Random views, unseen by the features.")
 @click.option("--condition-views", type=int, default=12, show_default=True, help="Views as a person would photograph.")
+@click.option(
+    "--condition-fov",
+    type=(float, float),
+    default=(20.0, 60.0),
+    show_default=True,
+    metavar="LOW HIGH",
+    help="Their fields of view, degrees.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the cameras.")
+@click.option(
+    "--renderer",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="gl, cpu, blender or a plugin's (see `diff2to3 plugins`); auto: gl on a GPU, else cpu.",
+)
+@click.option(
+    "--renderer-set", "overrides", multiple=True, metavar="KEY=VALUE", help="Setting of the renderer (repeatable)."
+)
 def render(
     source: Path,
     out: Path,
@@ -103,12 +122,15 @@ def render(
     workers: int | None,
     engine: str,
     size: int,
+    condition_fov: tuple[float, float],
+    renderer: str,
+    overrides: tuple[str, ...],
     **counts: int,
 ) -> None:
     """Render the assets under SOURCE into the data set OUT."""
     from pydantic import ValidationError
 
-    from diff2to3.data._render_stage import RenderSettings, render_objects, write_objects
+    from diff2to3.data._render_stage import RenderSettings, render_objects, with_renderer, write_objects
     from diff2to3.data._store import Store
 
     try:
@@ -117,19 +139,32 @@ def render(
             num_views=counts["views"],
             num_extra_views=counts["extra_views"],
             num_condition_views=counts["condition_views"],
+            condition_fov=condition_fov,
             seed=counts["seed"],
+            renderer=renderer,
+            renderer_config=dict(_key_and_value(override) for override in overrides),
         )
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{first['loc'][0]}: {first['msg']}, got {first['input']}") from error
     with _processes(engine, workers) as processes:
         rows, store = _rows(source, index, splits, limit), Store(out)
+        settings, passed_over = with_renderer(settings)
+        click.echo(f"render: renderer {settings.renderer}{passed_over and f' ({passed_over})'}", err=True)
         write_objects(store, rows)
-        try:
-            failures = render_objects(source.resolve(), store, [row["id"] for row in rows], settings, processes)
-        except RuntimeError as error:
-            raise InputError(str(error)) from error
+        failures = render_objects(source.resolve(), store, [row["id"] for row in rows], settings, processes)
     _report("render", len(rows), failures)
+
+
+def _key_and_value(override: str) -> tuple[str, Any]:
+    """``samples=64`` -> ("samples", 64); values are JSON, and otherwise text."""
+    key, equals, value = override.partition("=")
+    if not key or not equals:
+        raise InputError(f"--renderer-set {override}: expected key=value")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 @data.command()
@@ -137,6 +172,13 @@ def render(
 @click.argument("out", type=_FOLDER)
 @_over_assets
 @click.option("--grid-size", type=click.IntRange(1, 256), default=32, show_default=True, help="Voxels along each axis.")
+@click.option(
+    "--rule",
+    type=click.Choice(["exact", "sampled"]),
+    default="exact",
+    show_default=True,
+    help="Every voxel that the surface passes through, or those that points a quarter of a voxel apart find.",
+)
 def voxelize(
     source: Path,
     out: Path,
@@ -146,6 +188,7 @@ def voxelize(
     workers: int | None,
     engine: str,
     grid_size: int,
+    rule: Literal["exact", "sampled"],
 ) -> None:
     """Surface voxels of the assets under SOURCE, into the data set OUT."""
     from diff2to3.data._render_stage import voxelize_objects, write_objects
@@ -154,7 +197,7 @@ def voxelize(
     with _processes(engine, workers) as processes:
         rows, store = _rows(source, index, splits, limit), Store(out)
         write_objects(store, rows)
-        failures = voxelize_objects(source.resolve(), store, [row["id"] for row in rows], grid_size, processes)
+        failures = voxelize_objects(source.resolve(), store, [row["id"] for row in rows], grid_size, processes, rule)
     _report("voxels", len(rows), failures)
 
 

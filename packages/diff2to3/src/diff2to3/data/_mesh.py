@@ -15,7 +15,7 @@ from diff2to3.data._limits import MAX_DRAWN_PIXELS, RefusedAsset, check_size, re
 MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply")
 _LONGEST_SIDE = 0.95  # of the unit cube; leaves a margin so that no surface voxel touches the border
 _SMALLEST_EXTENT = 1e-30  # below it, or above its inverse, scaling in float32 loses the shape
-_MAX_EDGES_SQUARED = 2e4  # in sides of the cube squared: minutes to voxelize at 64^3; real assets stay below 500
+_MAX_EDGES_SQUARED = 2e4  # in sides of the cube squared: 12 s to voxelize at 64^3; real assets stay below 500
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,26 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from diff2to3._errors import InputError
 from diff2to3._image import object_crop
+from diff2to3._plugins import MESH_RENDERER, MeshRenderer, build
 from diff2to3.data._mesh import MESH_SUFFIXES, Mesh, load_mesh
-from diff2to3.data._rasterize import MeshRenderer
+from diff2to3.data._renderers import AUTO, choose_renderer
 from diff2to3.data._run import Workers, run_stage
 from diff2to3.data._store import Store, encode_pngs, write_rows
 from diff2to3.data._views import condition_views, random_views, sphere_views
-from diff2to3.data._voxelize import voxelize
-
-CONDITION_FRAME = 384  # pixels; the crop around the object is taken from a frame of this side
+from diff2to3.data._voxelize import Rule, voxelize
 
 
 class RenderSettings(BaseModel):
-    """Views rendered of every object."""
+    """Views rendered of every object, and by what.
+
+    Args:
+        condition_fov: least and largest field of view of a condition view, degrees.
+        renderer: component of the role ``mesh_renderer``, with its config in ``renderer_config`` (empty: its defaults).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,7 +35,22 @@ class RenderSettings(BaseModel):
     num_views: int = Field(default=32, ge=1)
     num_extra_views: int = Field(default=8, ge=0)
     num_condition_views: int = Field(default=12, ge=0)
+    condition_fov: tuple[float, float] = (20.0, 60.0)
     seed: int = 0
+    renderer: str = "cpu"
+    renderer_config: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("condition_fov")
+    @classmethod
+    def _in_order(cls, fov: tuple[float, float]) -> tuple[float, float]:
+        if not 1 <= fov[0] <= fov[1] <= 120:
+            raise ValueError("expected two angles, the smaller first, from 1 to 120 degrees")
+        return fov
+
+    @property
+    def condition_frame(self) -> int:
+        """Side in pixels of the pictures that the condition views' crops are cut from: an object fills two thirds."""
+        return self.size * 3 // 2
 
 
 def list_assets(source: Path, index: Path | None = None) -> list[dict[str, str]]:
@@ -95,23 +114,55 @@ def render_objects(
 ) -> dict[str, str]:
     """Renders every object in ``workers`` processes; returns the failures.
 
-    Raises:
-        RuntimeError: OpenGL does not work here.
+    Each process builds its own renderer; :func:`with_renderer` tells beforehand whether that works.
     """
-    MeshRenderer().release()  # say once what is missing, not once an object
-    arguments = settings.model_dump()
+    arguments = settings.model_dump(mode="json")
     start = (str(source), arguments, listed_paths(store))
     return run_stage(store, "render", ids, _render, arguments, Workers(workers, _start, start))
 
 
-def voxelize_objects(source: Path, store: Store, ids: list[str], grid_size: int, workers: int) -> dict[str, str]:
-    """Surface voxels of every object, in ``workers`` processes; returns the failures."""
-    settings = {"grid_size": grid_size}
+def with_renderer(settings: RenderSettings) -> tuple[RenderSettings, str]:
+    """Settings whose renderer works here, its config complete; ``"auto"`` is replaced by the first that does.
+
+    Returns:
+        The settings, and what spoke against renderers that ``"auto"`` passed over.
+
+    Raises:
+        InputError: the renderer is not installed, does not work here, or refuses its config.
+    """
+    name, reasons = choose_renderer() if settings.renderer == AUTO else (settings.renderer, "")
+    renderer = build(MESH_RENDERER, name, settings.renderer_config)
+    config = getattr(renderer, "config", None)
+    dumped = config.model_dump(mode="json") if isinstance(config, BaseModel) else settings.renderer_config
+    renderer.close()
+    return settings.model_copy(update={"renderer": name, "renderer_config": dumped}), reasons
+
+
+def voxelize_objects(
+    source: Path, store: Store, ids: list[str], grid_size: int, workers: int, rule: Rule = "exact"
+) -> dict[str, str]:
+    """Surface voxels of every object, in ``workers`` processes; returns the failures.
+
+    Raises:
+        InputError: objects have features on voxels of the other rule, whose rows would no longer fit.
+    """
+    lifted = [i for i in ids if store.path("features", i).is_file() and store.path("voxels", i).is_file()]
+    if other := [i for i in lifted if voxel_rule(store, i) != rule]:
+        raise InputError(
+            f"{store.root}: {len(other)} objects have features on voxels of rule {voxel_rule(store, other[0])!r}, got"
+            f" --rule {rule}; keep their rule or voxelize into another data set"
+        )
+    settings = {"grid_size": grid_size, "rule": rule}
     start = (str(source), settings, listed_paths(store))
     return run_stage(store, "voxels", ids, _voxelize, settings, Workers(workers, _start, start))
 
 
-_worker: dict[str, Any] = {}  # of a worker process: the assets' folder and files, settings and the OpenGL context
+def voxel_rule(store: Store, object_id: str) -> str:
+    """The rule that an object's voxels were found with; before there was a choice it was ``"sampled"``."""
+    return str(store.settings("voxels", object_id).get("rule", "sampled"))
+
+
+_worker: dict[str, Any] = {}  # of a worker process: the assets' folder and files, settings and the renderer
 
 
 def _start(source: str, settings: dict[str, Any], paths: dict[str, str]) -> None:
@@ -124,13 +175,13 @@ def _load(object_id: str) -> Mesh:
 
 
 def _voxelize(object_id: str) -> dict[str, np.ndarray]:
-    return {"coords": voxelize(_load(object_id), _worker["settings"]["grid_size"]).astype(np.uint8)}
+    return {"coords": voxelize(_load(object_id), **_worker["settings"]).astype(np.uint8)}
 
 
 def _render(object_id: str) -> dict[str, np.ndarray]:
     settings = RenderSettings(**_worker["settings"])
     if "renderer" not in _worker:
-        _worker["renderer"] = MeshRenderer()
+        _worker["renderer"] = build(MESH_RENDERER, settings.renderer, settings.renderer_config)
     renderer: MeshRenderer = _worker["renderer"]
     mesh = _load(object_id)
     rng = np.random.default_rng([settings.seed, crc32(object_id.encode())])
@@ -138,7 +189,7 @@ def _render(object_id: str) -> dict[str, np.ndarray]:
     extra = random_views(settings.num_extra_views, settings.size, rng)
     pose = np.concatenate([spread.world_to_camera, extra.world_to_camera])
     intrinsics = np.concatenate([spread.intrinsics, extra.intrinsics])
-    images, depth = renderer.render(mesh, pose, intrinsics, settings.size)
+    images, depth = renderer(mesh, pose, intrinsics, settings.size)
     png, bounds = encode_pngs(images)
     tensors = {
         "view_png": png,
@@ -148,8 +199,9 @@ def _render(object_id: str) -> dict[str, np.ndarray]:
         "view_depth": depth.astype(np.float16),
     }
     if settings.num_condition_views:
-        views, azimuth = condition_views(settings.num_condition_views, CONDITION_FRAME, rng)
-        frames, _ = renderer.render(mesh, views.world_to_camera, views.intrinsics, CONDITION_FRAME)
+        side = settings.condition_frame
+        views, azimuth = condition_views(settings.num_condition_views, side, rng, settings.condition_fov)
+        frames, _ = renderer(mesh, views.world_to_camera, views.intrinsics, side)
         crops = np.stack([np.rint(object_crop(frame, settings.size) * 255).astype(np.uint8) for frame in frames])
         png, bounds = encode_pngs(crops)
         tensors |= {

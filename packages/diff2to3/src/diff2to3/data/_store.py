@@ -38,6 +38,8 @@ _TOOLS = (
     "pillow",
     "trimesh",
     "moderngl",
+    "numba",
+    "bpy",
     "ray",
 )
 
@@ -78,13 +80,22 @@ class Store:
             raise ValueError(f"{path} cannot be read ({error}); run `diff2to3 data` for stage {stage!r}") from error
 
     def finished(self, stage: str, settings: Mapping[str, Any], ids: Iterable[str]) -> dict[str, str | None]:
-        """Objects whose file of this stage was made with the same settings, and the SHA-256 of each one's tensors.
+        """Objects whose file of this stage was made with these settings, and the SHA-256 of each one's tensors.
 
-        Reads one header an object. The hash is None for a file from before hashes were kept.
+        A stage asks with all of its settings, a later one with those that matter to it. Reads one header an object. The
+        hash is None for a file from before hashes were kept.
         """
-        digest = settings_hash(settings)
+        digest, asked = settings_hash(settings), json.loads(json.dumps(settings)).items()
         headers = {i: file_metadata(self.path(stage, i)) for i in ids}
-        return {i: header.get("sha256") for i, header in headers.items() if header.get("settings") == digest}
+        return {
+            i: header.get("sha256")
+            for i, header in headers.items()
+            if (_given(header).items() >= asked if "given" in header else header.get("settings") == digest)
+        }
+
+    def settings(self, stage: str, object_id: str) -> dict[str, Any]:
+        """What the stage was told when it made an object's file; empty if there is none or it does not say."""
+        return _given(file_metadata(self.path(stage, object_id)))
 
     def write(self, stage: str, object_id: str, tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str:
         """Atomic: a killed run leaves either the whole file or none. The same tensors give the same bytes.
@@ -97,7 +108,8 @@ class Store:
         plain = memoryview(save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
         start, digest = _tensors_start(plain), tensors_hash(plain)
         # safetensors writes several metadata in random order, so the header is put together here
-        metadata = {"settings": settings_hash(settings), "sha256": digest}
+        given = json.dumps(settings, sort_keys=True)
+        metadata = {"given": given, "settings": settings_hash(settings), "sha256": digest}
         header = json.dumps({"__metadata__": metadata, **json.loads(bytes(plain[8:start]))}, separators=(",", ":"))
         text = header.encode()
         text += b" " * (-len(text) % 8)
@@ -155,6 +167,11 @@ def tool_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _given(header: Mapping[str, str]) -> dict[str, Any]:
+    """A stage's settings from a file's metadata; empty for a file from before they were kept."""
+    return dict(json.loads(header.get("given", "{}")))
 
 
 def tensors_hash(payload: bytes | memoryview) -> str:

@@ -60,14 +60,16 @@ def random_views(count: int, size: int, rng: np.random.Generator) -> Views:
     return orbit(azimuth, elevation, np.full(count, VIEW_RADIUS), np.full(count, VIEW_FOV_DEGREES), size)
 
 
-def condition_views(count: int, size: int, rng: np.random.Generator) -> tuple[Views, np.ndarray]:
+def condition_views(
+    count: int, size: int, rng: np.random.Generator, fov_range: tuple[float, float] = (20.0, 60.0)
+) -> tuple[Views, np.ndarray]:
     """Views a person might photograph from, and their azimuths in degrees.
 
-    Azimuths are stratified over the full turn, elevations uniform in [-5, 40] degrees, fields of view in [20, 60]
-    degrees with the distance that frames the unit cube's sphere.
+    Azimuths are stratified over the full turn, elevations uniform in [-5, 40] degrees, fields of view in
+    ``fov_range``, degrees, with the distance that frames the unit cube's sphere.
     """
     azimuth = (np.arange(count) + rng.uniform(0, 1, count)) * 360 / count
     elevation = rng.uniform(-5, 40, count)
-    fov = rng.uniform(20, 60, count)
+    fov = rng.uniform(*fov_range, count)
     radius = np.sqrt(3) / 2 / np.sin(np.radians(fov) / 2) * 0.9
     return orbit(azimuth, elevation, radius, fov, size), azimuth.astype(np.float32)

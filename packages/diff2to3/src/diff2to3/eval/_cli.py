@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from diff2to3.data._store import Store
+
+_EMBEDDED = (None, "tiny")
+_EMBEDDED_RULE = "sampled"  # of the voxels that it was trained on (configs/tiny/train.sh)
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
@@ -53,6 +58,7 @@ def reconstruction(pipeline, data, split, limit, device, lpips, output, extracto
         raise click.UsageError("--extractor and --vae go together: give both, or neither for the models of a pipeline")
     models = trained_models(extractor, vae, device) if vae else pipeline_models(pipeline, device)
     store, rows = _objects(data, split, limit)
+    _say_rule(store, rows, embedded=vae is None and pipeline in _EMBEDDED)
     place = next(models[1].parameters()).device
     scores = evaluate_reconstruction(
         *models, store, rows, num_views=views, visibility=visibility, lpips=_lpips(lpips, place)
@@ -66,14 +72,18 @@ def reconstruction(pipeline, data, split, limit, device, lpips, output, extracto
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--steps", type=int, default=None)
 @click.option("--guidance", type=float, default=None)
+@click.option("--renderer", default="auto", show_default=True, help="Draws the input, as in `data render`.")
 @click.option("--gallery", type=click.Path(path_type=Path), help="PNG with a row an object.")
-def generation(pipeline, data, split, limit, device, lpips, output, assets, seed, steps, guidance, gallery) -> None:
+def generation(
+    pipeline, data, split, limit, device, lpips, output, assets, seed, steps, guidance, renderer, gallery
+) -> None:
     """Whole pipeline: one view in, the asset drawn from that view's camera."""
     from diff2to3._pipeline import Pipeline
     from diff2to3.eval._generation import evaluate_generation
 
     loaded = Pipeline.from_pretrained(pipeline, device=device)
     store, rows = _objects(data, split, limit)
+    _say_rule(store, rows, embedded=pipeline in _EMBEDDED)
     scores = evaluate_generation(
         loaded,
         store,
@@ -83,6 +93,7 @@ def generation(pipeline, data, split, limit, device, lpips, output, assets, seed
         sampling={"steps": steps, "guidance": guidance},
         lpips=_lpips(lpips, "cpu"),
         gallery=gallery,
+        renderer=renderer,
     )
     _report(scores, output)
 
@@ -96,6 +107,20 @@ def _objects(data: Path, split: str, limit: int):
         raise click.UsageError(f"{data}: no rendered object in split {split!r}")
     step = max(1, len(rows) / limit)
     return store, [rows[int(i * step)] for i in range(min(limit, len(rows)))]
+
+
+def _say_rule(store: Store, rows: list[dict[str, str]], embedded: bool) -> None:
+    """Says which rule the voxels were found with: figures of two rules, or another than the models', do not compare."""
+    from diff2to3.data._render_stage import voxel_rule
+
+    rules = sorted({voxel_rule(store, row["id"]) for row in rows})
+    click.echo(f"voxels found with rule {' and '.join(rules)}", err=True)
+    if embedded and rules != [_EMBEDDED_RULE]:
+        click.echo(
+            f"warning: the embedded pipeline was trained on {_EMBEDDED_RULE} voxels; for figures that compare with"
+            f" its published ones run `diff2to3 data voxelize --rule {_EMBEDDED_RULE}`",
+            err=True,
+        )
 
 
 def _lpips(path: Path | None, device):

@@ -12,11 +12,12 @@ from gs_render import Camera, render
 from PIL import Image
 from torch import Tensor
 
+from diff2to3._plugins import MeshRenderer
 from diff2to3._progress import track
 from diff2to3.data._augment import snap_quarter_turns, turn_cameras, yaw_coords
 from diff2to3.data._mesh import load_mesh
-from diff2to3.data._rasterize import MeshRenderer
-from diff2to3.data._render_stage import CONDITION_FRAME, asset_path
+from diff2to3.data._render_stage import asset_path
+from diff2to3.data._renderers import open_renderer
 from diff2to3.data._store import Store
 from diff2to3.eval._scores import on_white, picture_scores, silhouette_iou, voxel_f_score, voxel_iou
 
@@ -38,6 +39,7 @@ def evaluate_generation(
     sampling: dict[str, Any] | None = None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     gallery: Path | None = None,
+    renderer: str = "auto",
 ) -> list[dict[str, Any]]:
     """Scores of every object: one stored condition view is the input, and the asset is drawn from that view's camera.
 
@@ -50,10 +52,11 @@ def evaluate_generation(
         view: which stored condition view; None takes a different one for every object.
         sampling: ``steps`` and ``guidance`` of the pipeline.
         gallery: PNG to write, a row an object: input, the asset from the same camera, and from four sides.
+        renderer: component of the role ``mesh_renderer`` that draws the input.
     """
-    renderer, inputs = MeshRenderer(), []
+    draw, inputs = open_renderer(renderer), []
     for number, row in enumerate(rows):
-        inputs.append(_input(renderer, store, source, row, view if view is not None else number % 12))
+        inputs.append(_input(draw, store, source, row, view if view is not None else number % 12))
     assets = []
     for start in track(range(0, len(inputs), _BATCH), "generation"):
         pictures = [Image.fromarray(item["frame"]) for item in inputs[start : start + _BATCH]]
@@ -64,7 +67,7 @@ def evaluate_generation(
     drawn = []
     for item, asset in zip(inputs, assets, strict=True):
         turn = snap_quarter_turns(item["azimuth"]) if frame == "view-snapped" else 0
-        scale = size / CONDITION_FRAME
+        scale = size / len(item["frame"])
         intrinsics = torch.from_numpy(item["intrinsics"] * np.array([[scale], [scale], [1]], np.float32))[None]
         camera = Camera(turn_cameras(torch.from_numpy(item["pose"])[None], turn), intrinsics, size, size)
         with torch.inference_mode():
@@ -100,14 +103,15 @@ def evaluate_generation(
     return scores
 
 
-def _input(renderer: MeshRenderer, store: Store, source: Path, row: dict[str, str], view: int) -> dict[str, Any]:
+def _input(draw: MeshRenderer, store: Store, source: Path, row: dict[str, str], view: int) -> dict[str, Any]:
     object_id = row["id"]
     rendered = store.read("render", object_id)
     view %= len(rendered["condition_pose"])
     pose, intrinsics = rendered["condition_pose"][view], rendered["condition_intrinsics"][view]
     turned = turn_cameras(torch.from_numpy(pose)[None], 1)[0].numpy()
     mesh = load_mesh(asset_path(source, object_id, row.get("path")))
-    frames, _ = renderer.render(mesh, np.stack([pose, turned]), np.stack([intrinsics, intrinsics]), CONDITION_FRAME)
+    side = round(2 * float(intrinsics[0, 2]))  # of the frame that the stored view was cut from
+    frames, _ = draw(mesh, np.stack([pose, turned]), np.stack([intrinsics, intrinsics]), side)
     coords = torch.from_numpy(store.read("voxels", object_id)["coords"].astype(np.int64))
     azimuth = float(rendered["condition_azimuth"][view])
     return {

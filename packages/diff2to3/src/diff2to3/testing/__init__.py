@@ -12,6 +12,7 @@ Needs pytest (``pip install diff2to3[testing]``). Use the smallest config that h
 
 from diff2to3.testing._contract import ComponentContract as ComponentContract
 from diff2to3.testing._drawing import MattingContract as MattingContract
+from diff2to3.testing._drawing import MeshRendererContract as MeshRendererContract
 from diff2to3.testing._drawing import RendererContract as RendererContract
 from diff2to3.testing._models import BackboneContract as BackboneContract
 from diff2to3.testing._models import FeatureExtractorContract as FeatureExtractorContract

@@ -1,4 +1,4 @@
-"""Contracts of matting and renderer."""
+"""Contracts of matting, renderer and mesh renderer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from gs_render import Camera, Gaussians
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from diff2to3._plugins import MATTING, RENDERER
+from diff2to3._plugins import MATTING, MESH_RENDERER, RENDERER
+from diff2to3.data._mesh import Mesh, MeshPart
+from diff2to3.data._views import Views, orbit
 from diff2to3.testing._contract import ComponentContract, generator
 
 
@@ -94,3 +96,88 @@ class RendererContract(ComponentContract):
         expected = render(self.scene(), cameras, 1.0, "torch", **options).color
         error = float((component(self.scene(), cameras, 1.0).color - expected).abs().mean())
         assert error < 1e-3, f"the picture differs from the reference by {error:.2e} on average"
+
+
+class MeshRendererContract(ComponentContract):
+    """For the role ``mesh_renderer``. Colours are compared where nothing shades a surface, within 5 %."""
+
+    role = MESH_RENDERER
+    size = 32
+
+    def run(self, component: Any, seeds: Sequence[int]) -> list[list[Tensor]]:
+        """The views of one mesh, a seed being an azimuth; pictures, and depth with 0 for background."""
+        views = self.views([40.0 * seed for seed in seeds])
+        scene = self.mesh([((-0.3, 0.2), 0.1, (200, 60, 40, 255)), ((-0.1, 0.35), -0.2, (30, 90, 220, 255))])
+        images, depth = component(scene, views.world_to_camera, views.intrinsics, self.size)
+        depth = np.where(np.isfinite(depth), depth, 0)
+        return [[torch.from_numpy(i), torch.from_numpy(d)] for i, d in zip(images, depth, strict=True)]
+
+    def views(self, azimuths: Sequence[float]) -> Views:
+        """Level cameras at distance 2 that see 0.73 of the world at the origin in each direction."""
+        angles = np.array(azimuths, np.float64)
+        return orbit(angles, angles * 0, angles * 0 + 2.0, angles * 0 + 40.0, self.size)
+
+    def mesh(self, squares: Sequence[tuple[tuple[float, float], float, tuple[int, int, int, int]]]) -> Mesh:
+        """Upright squares ``((least, largest x and z), y, RGBA)``, a part each."""
+        parts = []
+        for (low, high), y, color in squares:
+            corners = np.array([(low, y, low), (high, y, low), (high, y, high), (low, y, high)], np.float32)
+            faces = np.array([(0, 1, 2), (0, 2, 3)], np.int32)
+            colors, texture = np.array([color] * 4, np.uint8), np.full((1, 1, 4), 255, np.uint8)
+            parts.append(MeshPart(corners, faces, np.zeros((4, 2), np.float32), texture, colors))
+        return Mesh(tuple(parts))
+
+    def test_shapes_and_types(self, component: Any) -> None:
+        """RGBA uint8 [V, S, S, 4] and depth float32 [V, S/4, S/4]; no colour where alpha is zero."""
+        views = self.views([0, 50, 200])
+        mesh = self.mesh([((-0.3, 0.3), 0.0, (200, 60, 40, 255))])
+        images, depth = component(mesh, views.world_to_camera, views.intrinsics, self.size)
+        shapes = (images.dtype, images.shape, depth.dtype, depth.shape)
+        side = self.size // 4
+        expected = (np.dtype(np.uint8), (3, self.size, self.size, 4), np.dtype(np.float32), (3, side, side))
+        assert shapes == expected, f"pictures and depth are {shapes}, expected {expected}"
+        assert bool((images[images[..., 3] == 0] == 0).all()), "colours remain where nothing is drawn"
+
+    def test_a_square_is_where_it_should_be(self, component: Any) -> None:
+        """Silhouette, colour and depth of a square that faces the camera, and that seen from behind."""
+        mesh = self.mesh([((-0.3, 0.2), 0.1, (200, 60, 40, 255))])
+        for azimuth, z in ((0.0, 2.1), (180.0, 1.9)):
+            views = self.views([azimuth])
+            [image], [depth] = component(mesh, views.world_to_camera, views.intrinsics, self.size)
+            mirror = 1 if azimuth == 0 else -1
+            rays = (np.arange(self.size) + 0.5 - self.size / 2) / float(views.intrinsics[0, 0, 0])
+            inside = self._within(rays * z * mirror)[None] & self._within(-rays * z)[:, None]
+            border = self._near(rays * z * mirror)[None] | self._near(-rays * z)[:, None]
+            assert bool((image[..., 3] > 127)[inside & ~border].all()), "the square has holes"
+            assert bool((image[..., 3] == 0)[~inside & ~border].all()), "something is drawn beside the square"
+            error = np.abs(image[inside & ~border][:, :3] - np.array([200.0, 60.0, 40.0])).max()
+            assert error < 0.05 * 255, f"its colour is off by {error:.0f} of 255"
+            blocks = (np.arange(self.size // 4) * 4 + 2 - self.size / 2) / float(views.intrinsics[0, 0, 0])
+            seen = self._within(blocks * z * mirror)[None] & self._within(-blocks * z)[:, None]
+            sure = ~(self._near(blocks * z * mirror)[None] | self._near(-blocks * z)[:, None])
+            assert bool(np.allclose(depth[seen & sure], z, atol=2e-3)), f"its depth is not {z}"
+            assert bool(np.isinf(depth[~seen & sure]).all()), "depth of the background is not infinite"
+
+    @staticmethod
+    def _within(x: np.ndarray) -> np.ndarray:
+        return (x > -0.3) & (x < 0.2)
+
+    @staticmethod
+    def _near(x: np.ndarray) -> np.ndarray:
+        """Places within a pixel of the square's edges."""
+        return (np.abs(x + 0.3) < 0.05) | (np.abs(x - 0.2) < 0.05)
+
+    def test_the_nearer_square_hides_the_other(self, component: Any) -> None:
+        """Whatever the order in which they are drawn; one with alpha below one half is not there."""
+        front, back = ((-0.3, 0.3), -0.2, (30, 90, 220, 255)), ((-0.3, 0.3), 0.2, (200, 60, 40, 255))
+        hole = ((-0.3, 0.3), -0.3, (0, 255, 0, 100))
+        views = self.views([0])
+        for squares in ([front, back, hole], [hole, back, front]):
+            mesh = self.mesh(squares)
+            [image], [depth] = component(mesh, views.world_to_camera, views.intrinsics, self.size)
+            middle = image[self.size // 2, self.size // 2]
+            error = np.abs(middle - np.array([30.0, 90.0, 220.0, 255.0])).max()
+            assert error < 0.05 * 255, f"the middle shows {middle}, expected the square in front"
+            assert abs(depth[self.size // 8, self.size // 8] - 1.8) < 2e-3, (
+                "the depth is not that of the square in front"
+            )

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from diff2to3.data._rasterize import _straight_alpha
 from diff2to3.data._views import condition_views, orbit, random_views, sphere_views
 from gs_render import Camera
 
@@ -58,7 +57,7 @@ def test_sphere_views_are_spread_evenly():
 def test_a_quad_covers_exactly_the_pixels_whose_centres_project_into_it(renderer, flat_mesh):
     views = single()
     mesh = flat_mesh(square((-0.31, -0.12), (0.23, 0.37)), [[255, 0, 0, 255]] * 2)
-    images, _ = renderer.render(mesh, views.world_to_camera, views.intrinsics, SIZE)
+    images, _ = renderer(mesh, views.world_to_camera, views.intrinsics, SIZE)
     (left, bottom), (right, top) = to_pixels([[-0.31, 0, -0.12], [0.23, 0, 0.37]], views)[0]
     centre = np.arange(SIZE) + 0.5
     columns = (centre > left) & (centre < right)
@@ -74,7 +73,7 @@ def test_a_quad_covers_exactly_the_pixels_whose_centres_project_into_it(renderer
 def test_depth_is_view_space_z_at_the_centre_of_each_block(renderer, flat_mesh, azimuth, elevation):
     views = single(azimuth, elevation)
     mesh = flat_mesh(square((-0.4, -0.4), (0.4, 0.4), 0.1), [[0, 255, 0, 255]] * 2)
-    _, depth = renderer.render(mesh, views.world_to_camera, views.intrinsics, SIZE)
+    _, depth = renderer(mesh, views.world_to_camera, views.intrinsics, SIZE)
     pixel = np.stack(np.meshgrid(np.arange(SIZE // 4) * 4 + 2.0, np.arange(SIZE // 4) * 4 + 2.0), -1)
     rays = np.concatenate([pixel, np.ones_like(pixel[..., :1])], -1) @ np.linalg.inv(views.intrinsics[0]).T
     rotation, shift = views.world_to_camera[0, :3, :3], views.world_to_camera[0, :3, 3]
@@ -93,14 +92,14 @@ def test_the_nearer_surface_wins_from_both_sides(renderer, flat_mesh):
     mesh = flat_mesh(triangles, [[255, 0, 0, 255]] * 2 + [[0, 0, 255, 255]] * 2)
     for azimuth, colour in ((0, [255, 0, 0, 255]), (180, [0, 0, 255, 255])):
         views = single(azimuth)
-        images, _ = renderer.render(mesh, views.world_to_camera, views.intrinsics, SIZE)
+        images, _ = renderer(mesh, views.world_to_camera, views.intrinsics, SIZE)
         np.testing.assert_array_equal(images[0, 32, 32], colour)
 
 
 def test_edges_hold_partial_alpha_and_the_full_colour(renderer, lopsided, flat_mesh):
     views = single(20, 10)
     mesh = flat_mesh(lopsided.triangles, [[200, 100, 50, 255]] * 40)
-    images, _ = renderer.render(mesh, views.world_to_camera, views.intrinsics, SIZE)
+    images, _ = renderer(mesh, views.world_to_camera, views.intrinsics, SIZE)
     alpha = images[0, ..., 3]
     edge = (alpha > 40) & (alpha < 255)
     assert edge.sum() > 50
@@ -120,12 +119,14 @@ def test_texture_is_upright(renderer, tmp_path):
     visual = trimesh.visual.TextureVisuals(uv=[[0, 0], [1, 0], [1, 1], [0, 1]], material=material)
     trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], visual=visual, process=False).export(tmp_path / "t.glb")
     views = single()
-    images, _ = renderer.render(load_mesh(tmp_path / "t.glb"), views.world_to_camera, views.intrinsics, SIZE)
+    images, _ = renderer(load_mesh(tmp_path / "t.glb"), views.world_to_camera, views.intrinsics, SIZE)
     seen = images[0, [[24, 24], [40, 40]], [[24, 40], [24, 40]], :3]
     np.testing.assert_allclose(seen, picture, atol=1)
 
 
 def test_straight_alpha_inverts_premultiplication():
+    from diff2to3.data._renderers.gl import _straight_alpha
+
     rng = np.random.default_rng(0)
     alpha = rng.integers(0, 256, (64, 64, 1))
     colour = rng.integers(0, 256, (64, 64, 3))
@@ -138,15 +139,16 @@ def test_straight_alpha_inverts_premultiplication():
     assert (result[alpha[..., 0] == 0] == 0).all()
 
 
-def test_two_renderers_in_one_process_do_not_disturb_each_other(renderer, lopsided):
-    from diff2to3.data._rasterize import MeshRenderer
+def test_two_contexts_in_one_process_do_not_disturb_each_other(mesh_renderer, lopsided):
+    from diff2to3._plugins import MESH_RENDERER, build
 
+    renderer = mesh_renderer("gl")
     views = single(30, 20)
-    first, _ = renderer.render(lopsided, views.world_to_camera, views.intrinsics, SIZE)
-    other = MeshRenderer()
-    between, _ = other.render(lopsided, views.world_to_camera, views.intrinsics, SIZE)
-    again, _ = renderer.render(lopsided, views.world_to_camera, views.intrinsics, SIZE)
-    other.release()
-    last, _ = renderer.render(lopsided, views.world_to_camera, views.intrinsics, SIZE)
+    first, _ = renderer(lopsided, views.world_to_camera, views.intrinsics, SIZE)
+    other = build(MESH_RENDERER, "gl")
+    between, _ = other(lopsided, views.world_to_camera, views.intrinsics, SIZE)
+    again, _ = renderer(lopsided, views.world_to_camera, views.intrinsics, SIZE)
+    other.close()
+    last, _ = renderer(lopsided, views.world_to_camera, views.intrinsics, SIZE)
     for images in (between, again, last):
         np.testing.assert_array_equal(images, first)

@@ -1,10 +1,11 @@
-"""Rendering textured meshes to RGBA pictures with OpenGL (EGL, no window): unlit base colour, both sides."""
+"""Mesh pictures by OpenGL through EGL, without a window. Unlit base colour, both sides."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from diff2to3.data._mesh import Mesh
 
@@ -23,49 +24,58 @@ out vec4 result;
 void main() { vec4 c = texture(base, f_uv) * f_color; if (c.a < 0.5) discard; result = vec4(c.rgb, 1.0); }
 """
 _NEAR, _FAR = 0.05, 20.0
+_SOFTWARE = ("llvmpipe", "softpipe", "swrast", "swiftshader")  # drivers without a GPU, as they name themselves
 
 
-class MeshRenderer:
+class GlMeshRendererConfig(BaseModel):
+    """How OpenGL is used.
+
+    Args:
+        samples: of a pixel's coverage; the driver may have fewer.
+        software: whether a driver that draws on the CPU will do; the renderer ``cpu`` is faster than those.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int = Field(default=8, ge=1)
+    software: bool = True
+
+
+class GlMeshRenderer:
     """An OpenGL context with multisampled framebuffers; one per process.
 
     Raises:
-        RuntimeError: no EGL device or driver; on Debian ``apt install libegl1 libgl1-mesa-dri`` gives a software one.
+        RuntimeError: no EGL device or driver; on Debian ``apt install libegl1 libgl1 libgl1-mesa-dri`` has one.
     """
 
-    def __init__(self, samples: int = 8) -> None:
+    def __init__(self, config: GlMeshRendererConfig) -> None:
         import moderngl
 
+        self.config = config
         try:
             options: Any = {"backend": "egl"}  # moderngl's annotation of keyword options is wrong
             self.context: Any = moderngl.create_context(standalone=True, **options)
         except Exception as error:  # moderngl and glcontext raise bare Exception
             raise RuntimeError(
-                f"no OpenGL through EGL ({error}); install a driver, e.g. `apt install libegl1 libgl1-mesa-dri`"
+                f"no OpenGL through EGL ({error}); install a driver, e.g. `apt install libegl1 libgl1 libgl1-mesa-dri`"
             ) from error
-        self.samples = min(samples, self.context.max_samples)
+        driver = self.context.info["GL_RENDERER"]
+        if not config.software and any(name in driver.lower() for name in _SOFTWARE):
+            self.context.release()
+            raise RuntimeError(f"its driver draws on the CPU ({driver})")
+        self.samples = min(config.samples, self.context.max_samples)
         self.context.enable(moderngl.DEPTH_TEST)
         self.program: Any = self.context.program(vertex_shader=_VERTEX, fragment_shader=_FRAGMENT)
         self._framebuffers: dict[tuple[int, int], tuple[Any, Any]] = {}  # by side and samples, 0 for depth
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Gives the context back; the renderer cannot be used afterwards."""
         self.context.release()
 
-    def render(
+    def __call__(
         self, mesh: Mesh, world_to_camera: np.ndarray, intrinsics: np.ndarray, size: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures and depth of a mesh.
-
-        Args:
-            mesh: in world coordinates.
-            world_to_camera: ``[V, 4, 4]``, OpenCV convention (x right, y down, z forward).
-            intrinsics: ``[V, 3, 3]`` in pixels, pixel centres at +0.5.
-            size: side of the square pictures in pixels.
-
-        Returns:
-            RGBA uint8 ``[V, size, size, 4]`` with straight alpha, and float32 ``[V, size // 4, size // 4]`` view-space
-            z of the nearest surface at the centre of each 4x4 pixel block (``inf`` for background).
-        """
+        """Pictures and depth of a mesh: the role ``mesh_renderer``."""
         with self.context:  # another renderer of this process may have been the current one
             return self._render(mesh, world_to_camera, intrinsics, size)
 
