@@ -51,4 +51,4 @@ def test_tiles_of_a_surface_skip_most_absent_offsets():
     plan = kernel_map.tile_plan
     walked = float(plan.tile_counts.sum(dim=0).float().mean())
     needed = float((kernel_map.sources < len(topology)).sum(dim=0).float().mean())
-    assert needed < walked < 1.25 * needed
+    assert needed < walked < 1.5 * needed  # without sorting: all 27, which is 2.6 times as many
