@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from marope import AxialRoPE, MARoPE, apply_rotary, equal_axes, ntk_theta, rotary_table
+from marope import AxialRoPE, MARoPE, apply_rotary, equal_axes, norm_rotary, ntk_theta, rotary_table
 
 SIGNED = ["+x", "-x", "+y", "-y", "+z", "-z"]
 ORIENTATIONS = [
@@ -161,6 +161,20 @@ def test_low_precision_inputs_get_float32_angles(dtype):
     assert (got.double() - exact).abs().max() <= torch.finfo(dtype).eps * q.abs().max()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_normalised_low_precision_is_rounded_once(autocast):
+    rope = MARoPE(head_dim=64, grid_size=16)
+    q, k = random_qk(200, 3, 64, dtype=torch.bfloat16)
+    positions = rope.volume(torch.randint(0, 16, (200, 3), generator=torch.Generator().manual_seed(0)))
+    weights = random_qk(1, 1, 64, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = norm_rotary(q, k, rope.table(positions), *(w.view(64) for w in weights))
+    for got, x, w in zip(out, (q, k), weights, strict=True):
+        normed = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * w.double()
+        exact = complex_oracle(normed, positions, rope.axes_dim, rope.theta)
+        torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=2**-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_autocast_changes_nothing(dtype, interleaved):
@@ -230,23 +244,27 @@ def test_nothing_to_save_and_nothing_remembered():
 
 
 class Rotate(torch.nn.Module):
-    """`apply_rotary` as a module, which is what `torch.export` takes."""
+    """The functions as a module, which is what `torch.export` takes."""
 
-    def __init__(self, interleaved):
+    def __init__(self, normalise):
         super().__init__()
-        self.interleaved = interleaved
+        self.normalise = normalise
 
     def forward(self, q, k, positions):
         table = rotary_table(positions, 24, (8, 8, 8), scaling=("ntk", 2.0))
-        return tuple(apply_rotary(x, table, interleaved=self.interleaved) for x in (q, k))
+        if self.normalise:
+            weight = torch.linspace(0.5, 1.5, 24)
+            return norm_rotary(q, k, table, weight, weight)
+        return apply_rotary(q, table), apply_rotary(k, table)
 
 
 ROPE = pytest.param(MARoPE(24, 8), id="MARoPE")
 HALF_SPLIT = pytest.param(MARoPE(24, 8, interleaved=False), id="MARoPE half-split")
-FUNCTIONS = pytest.param(Rotate(True), id="apply_rotary")
+FUNCTION = pytest.param(Rotate(False), id="apply_rotary")
+NORMED = pytest.param(Rotate(True), id="norm_rotary")
 
 
-@pytest.mark.parametrize("rope", [ROPE, HALF_SPLIT, FUNCTIONS])
+@pytest.mark.parametrize("rope", [ROPE, HALF_SPLIT, FUNCTION, NORMED])
 def test_export_keeps_the_result_for_any_number_of_tokens(rope):
     length = torch.export.Dim("length", min=2)
     inputs = (*random_qk(6, 2, 24), MARoPE(24, 8).plane(2, 3))
@@ -257,7 +275,8 @@ def test_export_keeps_the_result_for_any_number_of_tokens(rope):
 
 
 @pytest.mark.parametrize(
-    ("rope", "autocast"), [(*ROPE.values, False), (*HALF_SPLIT.values, True), (*FUNCTIONS.values, True)]
+    ("rope", "autocast"),
+    [(*ROPE.values, False), (*HALF_SPLIT.values, True), (*FUNCTION.values, True), (*NORMED.values, True)],
 )
 def test_compiles_as_one_graph_with_gradients(rope, autocast):
     """Through AOTAutograd, which traces the backward too; kernels are the business of whatever compiles the graph."""
