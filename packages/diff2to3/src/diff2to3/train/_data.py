@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -48,6 +48,11 @@ def open_data(config: TrainConfig, split: str, stages: tuple[str, ...], device: 
     return StreamedData(objects, config) if config.is_streaming else HeldData(objects, config, device)
 
 
+@lru_cache(maxsize=8)  # a large split takes milliseconds
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, 7]).permutation(count)
+
+
 class SplitData(ABC):
     """The objects of one split. Arguments ``objects``, ``view``, ``variant`` ... are [B] on the CPU."""
 
@@ -65,7 +70,7 @@ class SplitData(ABC):
         """
         size, count = self.config.batch_size, len(self)
         epochs = range(step * size // count, (step * size + size - 1) // count + 1)
-        orders = np.concatenate([np.random.default_rng([self.config.seed, e, 7]).permutation(count) for e in epochs])
+        orders = np.concatenate([_order(self.config.seed, epoch, count) for epoch in epochs])
         first = step * size - epochs[0] * count
         chosen = orders[first : first + size]
         while without and (lost := np.isin(chosen, list(without))).any():
