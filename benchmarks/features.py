@@ -6,6 +6,7 @@ Modes: lifting, extractors, diffusers, asset, tiling, start, and occlusion, whic
 (meshes; default: synthesized ones), --count N and --extractor SOURCE. Without a mode all of them.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent]  # it has smdit.py
 
 import numpy as np
 import torch
