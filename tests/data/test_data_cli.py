@@ -285,8 +285,9 @@ def test_rendering_is_deterministic(dataset, tmp_path):
         (["render", "ASSETS", "OUT", "--renderer", "cpu", "--renderer-set", "samples=0"], "greater than or equal to 1"),
         (["render", "ASSETS", "OUT", "--renderer", "cpu", "--renderer-set", "samples"], "expected key=value"),
         (["features", "EMPTY", "--extractor", "EMPTY"], "not a data set"),
-        (["features", "SET", "--extractor", "EMPTY"], "no usable config.json"),
-        (["features", "SET", "--extractor", "VAE"], "no usable config.json for FluxFeaturesConfig"),
+        (["features", "SET", "--extractor", "EMPTY"], "has no weights: neither"),
+        (["features", "SET", "--extractor", "VAE"], "not the weights of an autoencoder: its first tensor is"),
+        (["features", "SET", "--extractor", "nowhere"], "nowhere: no such file or directory; of Hub ids known are"),
         (["latents", "SET", "--vae", "VAE", "--shard", "3/2"], "expected I/N"),
     ],
 )

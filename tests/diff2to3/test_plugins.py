@@ -198,7 +198,10 @@ def test_own_extractors_state_every_licence():
     extractors = {
         c.spec.name: dict(c.spec.licence) for c in registry().components if c.spec.role == "feature_extractor"
     }
-    assert extractors["dino"] == {"default: facebook/dinov2-with-registers-large": "Apache-2.0"}
+    assert extractors["dino"] == {
+        "transformers: facebook/dinov2-with-registers-large": "Apache-2.0",
+        "timm: timm/vit_large_patch14_reg4_dinov2.lvd142m": "Apache-2.0",
+    }
     assert {weights.split(":")[0] for weights in extractors["flux"]} == {"tiny", "paper", "flux2", "taef1", "taef2"}
     assert "Non-Commercial" in extractors["flux"]["paper: black-forest-labs/FLUX.1-dev"]
     assert "asks first" in extractors["flux"]["paper: black-forest-labs/FLUX.1-dev"]

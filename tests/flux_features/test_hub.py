@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from flux_features import DinoFeatures, DinoFeaturesConfig, FluxFeatures, FluxFeaturesConfig
+import torch
+from flux_features import DinoFeatures, DinoFeaturesConfig, FluxFeatures, FluxFeaturesConfig, load_extractor
+from flux_features import _config as config_module
 from flux_features.__main__ import main
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
@@ -20,12 +22,11 @@ def hub(monkeypatch, tmp_path, kl):
     kl.autoencoder.save_pretrained(tmp_path / "vae")
     state = SimpleNamespace(downloaded=[], cached=set(), gated=False, licence="mit", error=None, folder=tmp_path)
 
-    def download(repository, file, revision=None, local_files_only=False):
+    def download(repository, file, revision=None):
         if state.error is not None:
             raise state.error
-        if not local_files_only:
-            state.downloaded.append((repository, file, revision))
-        assert not local_files_only or (repository, file) in state.cached
+        state.downloaded.append((repository, file, revision))
+        state.cached.add((repository, file))
         return str(tmp_path / file)
 
     def look_up(repository, file, revision=None):
@@ -95,27 +96,67 @@ def test_errors_of_the_hub(hub, monkeypatch):
         FluxFeatures.from_pretrained("owner/flux", SMALL_KL)
 
 
-def test_dino_is_announced_too(hub, caplog):
-    pytest.importorskip("transformers")
-    with pytest.raises(FileNotFoundError, match="no DINOv2 weights there"), caplog.at_level("WARNING", "flux_features"):
+@pytest.fixture
+def dino_hub(hub):
+    """The same with a tiny DINOv2 in its repositories."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    with torch.random.fork_rng(devices=[]):
+        transformers.Dinov2WithRegistersModel(config).save_pretrained(hub.folder)
+    return hub
+
+
+def test_dino_downloads_when_asked_only(dino_hub, caplog):
+    default = DinoFeaturesConfig().source
+    with pytest.raises(FileNotFoundError, match=f"{default} is not on this machine: run 'hf download {default}'"):
         DinoFeatures(DinoFeaturesConfig())
-    source = DinoFeaturesConfig().source
-    assert f"downloading {source} from the Hugging Face Hub" in caplog.text
-    assert hub.downloaded == [(source, "config.json", None), (source, "model.safetensors", None)]
-    assert DinoFeatures.is_available(DinoFeaturesConfig()).startswith(f"{source} is not on this machine: run 'hf")
-    hub.cached |= {(source, file) for file in ("config.json", "model.safetensors")}
-    assert DinoFeatures.is_available(DinoFeaturesConfig()) is None
-    assert len(hub.downloaded) == 2
-    hub.gated = "auto"
-    with pytest.raises(PermissionError, match="then run 'hf download owner/dino'"):
-        DinoFeatures(DinoFeaturesConfig(source="owner/dino"))
+    assert dino_hub.downloaded == []
+    with caplog.at_level(logging.WARNING, "flux_features"):
+        extractor = DinoFeatures.from_pretrained(default, revision="r1")
+    assert "downloading facebook/dinov2-with-registers-large from the Hugging Face Hub; licence" in caplog.text
+    assert dino_hub.downloaded == [(default, "config.json", "r1"), (default, "model.safetensors", "r1")]
+    assert (extractor.channels, extractor.image_size, extractor.config.source) == (32, 518, default)
+    DinoFeatures(DinoFeaturesConfig())  # the cache has it now
+    dino_hub.gated = "auto"
+    with pytest.raises(PermissionError, match=r"owner/dino: not downloaded, .* pass accept_licence=True"):
+        DinoFeatures.from_pretrained("owner/dino")
+    assert len(dino_hub.downloaded) == 2
+
+
+def test_load_extractor_by_id(dino_hub, monkeypatch):
+    """What well-known ids are is known; of others it is said."""
+    asked = []
+
+    def agree(repository, terms):
+        asked.append((repository, terms.licence))
+        return len(asked) > 1
+
+    monkeypatch.setitem(config_module._PRESETS, "paper", SMALL_KL)
+    with pytest.raises(PermissionError, match="Non-Commercial"):
+        load_extractor(DEV, accept_licence=agree)
+    assert dino_hub.downloaded == []
+    assert isinstance(load_extractor(DEV, accept_licence=agree), FluxFeatures)
+    assert asked == [(DEV, "FLUX.1 [dev] Non-Commercial License")] * 2
+    assert isinstance(load_extractor(DinoFeaturesConfig().source), DinoFeatures)
+    timm = load_extractor("timm/vit_large_patch14_reg4_dinov2.lvd142m", library="timm")
+    assert timm.config.library == "timm"
+    with pytest.raises(
+        ValueError, match=r"owner/x: no such file or directory; of Hub ids known are .* by preset: paper, "
+    ):
+        load_extractor("owner/x")
+    assert isinstance(load_extractor("owner/x", "dino"), DinoFeatures)
+    assert isinstance(load_extractor("owner/y", "paper"), FluxFeatures)
+    with pytest.raises(ValueError, match="no FluxFeaturesConfig preset 'huge'"):
+        load_extractor("owner/x", "huge")
 
 
 @pytest.mark.parametrize(("answer", "agreed"), [("y", True), ("", False), ("no", False), (None, False)])
 def test_command_asks_on_a_terminal(hub, monkeypatch, capsys, answer, agreed):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
 
-    def reply(prompt):
+    def reply():
         if answer is None:
             raise EOFError
         return answer
@@ -124,8 +165,8 @@ def test_command_asks_on_a_terminal(hub, monkeypatch, capsys, answer, agreed):
     assert main(["download", DEV]) == (0 if agreed else 2)
     assert bool(hub.downloaded) == agreed
     printed = capsys.readouterr()
-    assert "FLUX.1 [dev] Non-Commercial License" in printed.out
-    assert agreed or "nothing was downloaded" in printed.err
+    assert "FLUX.1 [dev] Non-Commercial License" in printed.err
+    assert agreed == ("not downloaded" not in printed.err)
 
 
 def test_command_without_a_terminal(hub, monkeypatch, capsys):
@@ -136,6 +177,8 @@ def test_command_without_a_terminal(hub, monkeypatch, capsys):
     assert main(["download", DEV, "--accept-licence"]) == 0
     assert len(hub.downloaded) == 2
     assert main(["download", "owner/flux"]) == 2
-    assert "owner/flux: pass --preset" in capsys.readouterr().err
+    assert "for others say what they have by preset" in capsys.readouterr().err
     assert main(["download", "owner/flux", "--preset", "paper"]) == 0
     assert main(["download", "owner/flux", "--preset", "huge"]) == 2
+    assert main(["download", "owner/dino", "--preset", "dino"]) == 0
+    assert hub.downloaded[-1] == ("owner/dino", "model.safetensors", None)

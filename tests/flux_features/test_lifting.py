@@ -1,6 +1,8 @@
 """Lifting: equal to a plain loop, exact on scenes with a closed form, right about frames, occluders and gradients."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +163,26 @@ def test_chunks_change_nothing(monkeypatch, visibility, out_of_frame):
     assert lift_features(maps, cameras, points[:0], visibility, **options).shape == (0, 2)
 
 
+@pytest.mark.parametrize("visibility", ["all", "depth"])
+def test_memory_of_150_views_and_32768_voxels(visibility):
+    """Under 2 GB with all inputs, which are 0.2 GB (`all` needs the most: 0.43 GB beyond them)."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not (status.is_file() and os.access(reset, os.W_OK)):
+        pytest.skip("NO PEAK: this system does not tell a process's peak of memory")
+
+    def megabytes(name):
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1]) / 1024
+
+    cameras = Camera.orbit(num_views=150, radius=2.0, fov_degrees=40.0, size=512, elevation_degrees=20.0)
+    points = torch.rand(32768, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    maps, depth = torch.ones(150, 16, 64, 64), torch.full((150, 512, 512), 2.0)
+    reset.write_text("5")
+    before = megabytes("VmRSS:")
+    lifted = lift_features(maps, cameras, points, visibility, depth=depth)
+    assert megabytes("VmHWM:") - before < 800
+    assert lifted.shape == (32768, 16)
+
+
 def test_half_precision_rounds_only_the_features():
     """Positions of half-precision maps are not rounded, under autocast neither."""
     cameras = Camera.orbit(num_views=4, radius=2.0, fov_degrees=40.0, size=512)
@@ -185,8 +207,8 @@ def test_voxel_centres():
     ("change", "message"),
     [
         ({"feature_maps": torch.zeros(2, 1, 4, 4)}, r"got \(2, 1, 4, 4\) and 3 cameras"),
-        ({"points": torch.zeros(5, 2)}, r"expected float points \[L, 3\], got torch.float32 \(5, 2\)"),
-        ({"points": torch.zeros(5, 3, dtype=torch.int32)}, r"expected float points \[L, 3\], got torch.int32"),
+        ({"voxels": torch.zeros(5, 2)}, r"centres of voxels, float \[L, 3\], got torch.float32 \(5, 2\)"),
+        ({"voxels": torch.zeros(5, 3, dtype=torch.int32)}, r"got torch.int32 \(5, 3\); voxel_centres\("),
         ({"visibility": "some"}, "visibility = 'some': expected 'all' or 'depth'"),
         ({"out_of_frame": "drop"}, "out_of_frame = 'drop': expected 'zeros' or 'exclude'"),
         ({"visibility": "depth"}, r"needs depth maps \[V=3, h, w\], got None"),
@@ -197,7 +219,7 @@ def test_errors(change, message):
     arguments = {
         "feature_maps": torch.zeros(3, 1, 4, 4),
         "cameras": Camera.orbit(num_views=3, size=32),
-        "points": torch.zeros(5, 3),
+        "voxels": torch.zeros(5, 3),
     }
     with pytest.raises(ValueError, match=message):
         lift_features(**(arguments | change))

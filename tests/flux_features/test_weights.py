@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from flux_features import FluxFeatures, FluxFeaturesConfig
-from flux_features._weights import bfl_name
+from flux_features._weights import bfl_name, config_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -182,13 +182,38 @@ def test_truncated_and_foreign_files(bfl_file, tmp_path):
 
 
 def test_missing_places(tmp_path):
-    for source in (tmp_path / "ae.safetensors", "ae.safetensors", "a/b/c"):
+    for source in (tmp_path / "ae.safetensors", "ae.safetensors", "a/ae.safetensors", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no such file or directory, and not a Hub id"):
             FluxFeatures.from_pretrained(source, SMALL_KL)
-    with pytest.raises(FileNotFoundError, match=r"has neither diffusion_pytorch_model\.safetensors .* nor ae\."):
+    with pytest.raises(
+        FileNotFoundError, match=r"neither diffusion_pytorch_model\.safetensors .* nor ae\..* nor a pair"
+    ):
         FluxFeatures.from_pretrained(tmp_path, SMALL_KL)
-    with pytest.raises(FileNotFoundError, match=r"nor a pair \*_encoder\.safetensors"):
-        FluxFeatures.from_pretrained(tmp_path, TAEF2)
+
+
+def test_layout_is_told_by_the_tensors(tmp_path, lively, kl, kl2):
+    """Without a config the preset follows from names and shapes; a model folder of diff2to3 has its own config."""
+    for preset in ("taef1", "taef2"):
+        folder = tmp_path / preset
+        folder.mkdir()
+        state = lively(FluxFeaturesConfig.preset(preset)).autoencoder.state_dict()
+        save_file(state, folder / "diffusion_pytorch_model.safetensors")
+        assert FluxFeatures.from_pretrained(folder).config == FluxFeaturesConfig.preset(preset)
+    assert config_of(kl.autoencoder.state_dict(), "here") == FluxFeaturesConfig.preset("paper")
+    assert config_of(random_bfl(SMALL_KL.block_channels), "here") == FluxFeaturesConfig.preset("paper")
+    flux2 = kl2.autoencoder.state_dict() | {"bn.running_mean": torch.zeros(128)}
+    assert config_of(flux2, "here") == FluxFeaturesConfig.preset("flux2")
+
+    with pytest.raises(ValueError, match="here: not the weights of an autoencoder: its first tensor is head"):
+        config_of({"head": torch.zeros(1)}, "here")
+
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "config.json").write_text(kl.config.model_dump_json())
+    save_file(kl.state_dict(), own / "model.safetensors")
+    loaded = FluxFeatures.from_pretrained(own)
+    assert loaded.config == kl.config
+    assert all(torch.equal(value, kl.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 # What taesd.py of github.com/madebyollin/taesd, commit 5cccb12, gives for the same files and pixels in float32.

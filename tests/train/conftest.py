@@ -18,12 +18,36 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def micro_data(tmp_path_factory):
     """Root of the data set: splits train (2 objects) and val (1), every stage up to `latents` present."""
+    return write_data(tmp_path_factory.mktemp("data"), {"pack/a": "train", "pack/b": "train", "pack/c": "val"})
+
+
+@pytest.fixture(scope="session")
+def folder_data(tmp_path_factory):
+    """The same with seven objects to train on."""
+    splits = {f"pack/{name}": "train" for name in "abcdefg"} | {"pack/v": "val"}
+    return write_data(tmp_path_factory.mktemp("folder"), splits)
+
+
+@pytest.fixture(scope="session")
+def shard_data(folder_data, tmp_path_factory):
+    """`folder_data` in shards of two objects each."""
+    from diff2to3.data._shards import pack
+    from diff2to3.data._store import Store
+
+    out = tmp_path_factory.mktemp("shards")
+    index = pack(Store(folder_data), out, (), 100_000)
+    assert [s["objects"] for s in index["shards"]] == [2, 2, 2, 1, 1], "objects of another size than the tests want"
+    return out
+
+
+def write_data(root, splits):
+    """Made-up objects by id and split, in every stage up to `latents`."""
     from diff2to3.data._render_stage import write_objects
     from diff2to3.data._store import Store, encode_pngs
     from diff2to3.data._views import orbit
 
-    store = Store(tmp_path_factory.mktemp("data"))
-    rows = [{"id": f"pack/{name}", "split": split} for name, split in (("a", "train"), ("b", "train"), ("c", "val"))]
+    store = Store(root)
+    rows = [{"id": name, "split": split} for name, split in splits.items()]
     write_objects(store, rows)
     rng = np.random.default_rng(0)
     for row in rows:
@@ -49,6 +73,8 @@ def micro_data(tmp_path_factory):
         store.write("features", row["id"], {"features": features} | variants, {})
         latents = rng.normal(size=(VARIANTS, 4, len(coords), 8)).astype(np.float16)
         store.write("latents", row["id"], {"latents": latents}, {})
+    for stage in ("render", "voxels", "features", "latents"):
+        store.write_manifest(stage, {}, store.finished(stage, {}, splits), {})
     return store.root
 
 

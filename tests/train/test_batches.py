@@ -3,15 +3,8 @@
 import pytest
 import torch
 from diff2to3.data._augment import hue_matrix, mirror_coords, yaw_coords
-from diff2to3.train._batches import (
-    ConditionBatches,
-    ObjectData,
-    OccupancyBatches,
-    PictureBatches,
-    Ragged,
-    ViewBatches,
-    place,
-)
+from diff2to3.train._batches import ConditionBatches, OccupancyBatches, PictureBatches, ViewBatches, place
+from diff2to3.train._data import Ragged, open_data
 from hypothesis import given
 from hypothesis import strategies as st
 from sparse_vae import SparseTensor
@@ -19,8 +12,30 @@ from sparse_vae import SparseTensor
 GRID = 16
 
 
-def _data(config, needs):
-    return ObjectData(config, "train", needs, torch.device("cpu"))
+ALL = ("render", "voxels", "features", "latents")
+KINDS = ["pictures", "occupancy", "views", "conditions", "structure conditions"]
+
+
+def _data(config, stages=ALL):
+    return open_data(config, "train", stages, torch.device("cpu"))
+
+
+def _batches(config, kind):
+    return {
+        "pictures": lambda: PictureBatches(_data(config, ("render",))),
+        "occupancy": lambda: OccupancyBatches(_data(config, ("voxels",)), GRID),
+        "views": lambda: ViewBatches(_data(config), GRID),
+        "conditions": lambda: ConditionBatches(_data(config), GRID, "view-snapped", with_latents=True),
+        "structure conditions": lambda: ConditionBatches(_data(config), GRID, "canonical", with_voxels=True),
+    }[kind]()
+
+
+def _assert_same(one, two):
+    assert one.keys() == two.keys()
+    for key in one:
+        for left, right in zip(_values(one[key]), _values(two[key]), strict=True):
+            assert torch.equal(torch.as_tensor(left), torch.as_tensor(right)), key
+            assert torch.as_tensor(left).dtype == torch.as_tensor(right).dtype, key
 
 
 def _values(entry):
@@ -47,39 +62,52 @@ def test_ragged_selection_returns_the_rows_of_the_chosen_objects():
     assert torch.equal(ragged.rows[rows], torch.cat([parts[2], parts[0], parts[2]]))
 
 
-@pytest.mark.parametrize("kind", ["pictures", "occupancy", "views", "conditions"])
-def test_a_batch_is_a_function_of_seed_and_step(micro_config, kind):
-    def batches(seed):
-        config = micro_config("flow", seed=seed)
-        return {
-            "pictures": lambda: PictureBatches(_data(config, "render")),
-            "occupancy": lambda: OccupancyBatches(_data(config, "voxels"), GRID),
-            "views": lambda: ViewBatches(_data(config, "features"), GRID),
-            "conditions": lambda: ConditionBatches(_data(config, "latents"), GRID, "view-snapped", latents=True),
-        }[kind]()
-
-    first, again, other = batches(0), batches(0), batches(1)
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_is_a_function_of_seed_and_step(micro_config, kind, streaming):
+    first, again, other = (_batches(micro_config("flow", seed=s, streaming=streaming), kind) for s in (0, 0, 1))
     first[0], first[1]  # earlier batches leave no trace
-    one, two = first[5], again[5]
-    assert one.keys() == two.keys()
-    for key in one:
-        for left, right in zip(_values(one[key]), _values(two[key]), strict=True):
-            assert torch.equal(torch.as_tensor(left), torch.as_tensor(right))
-    assert first[4]["seed"] != one["seed"] != other[5]["seed"]
+    _assert_same(first[5], again[5])
+    assert first[4]["seed"] != first[5]["seed"] != other[5]["seed"]
 
 
-def test_every_object_is_seen_once_a_pass(micro_config):
-    data = _data(micro_config("flow", batch_size=1), "render")
-    assert sorted(int(data.draw(step)[0]) for step in (0, 1)) == [0, 1]
-    assert sorted(int(data.draw(step)[0]) for step in (6, 7)) == [0, 1]
+@pytest.mark.parametrize("kind", KINDS)
+def test_folder_and_shards_held_and_streamed_give_the_same_batches(micro_config, folder_data, shard_data, kind):
+    sources = [(folder_data, False), (folder_data, True), (shard_data, False), (shard_data, None)]
+    held, *others = (_batches(micro_config("flow", data=d, streaming=s, batch_size=3), kind) for d, s in sources)
+    for step in (0, 1, 6):
+        for other in others:
+            _assert_same(held[step], other[step])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_object_is_seen_once_a_pass(micro_config, shard_data, ranks):
+    """Process r of R makes the items r, r + R, ...; however many there are, no object is lost or comes twice."""
+    data = _data(micro_config("flow", data=shard_data, batch_size=1))
+    items = sorted(step * ranks + rank for rank in range(ranks) for step in range(42 // ranks))
+    seen = [int(data.draw(item)[0]) for item in items]
+    passes = [seen[k : k + 7] for k in range(0, 42, 7)]
+    assert all(sorted(one) == list(range(7)) for one in passes)
+    assert len({tuple(one) for one in passes}) > 3
+
+
+def test_objects_are_in_the_order_of_the_shards_and_limited(micro_config, folder_data, shard_data):
+    """`max_objects` takes the same ones of a folder and of its shards."""
+    folder, shards = (
+        _data(micro_config("flow", data=d, max_objects=3, streaming=True)) for d in (folder_data, shard_data)
+    )
+    assert len(folder) == len(shards) == 3
+    for number in range(3):
+        one, two = (d.objects.file(number, "voxels").read("coords") for d in (folder, shards))
+        assert (one == two).all()
 
 
 def test_view_snapped_conditions_come_from_within_45_degrees_of_the_front(micro_config):
     """Turned with its object, every camera stands within 45 degrees of the front; the voxels are turned as it says."""
-    data = _data(micro_config("flow", batch_size=2), "latents")
-    batches = ConditionBatches(data, GRID, "view-snapped", latents=True)
-    canonical = ConditionBatches(data, GRID, "canonical", latents=True)
-    azimuths = data.table("condition_azimuth")
+    data = _data(micro_config("flow", batch_size=2))
+    batches = ConditionBatches(data, GRID, "view-snapped", with_latents=True)
+    canonical = ConditionBatches(data, GRID, "canonical", with_latents=True)
+    every = torch.arange(data.num_pictures("condition"))
     turned = 0
     for step in range(8):
         snapped, plain = batches[step], canonical[step]
@@ -91,15 +119,17 @@ def test_view_snapped_conditions_come_from_within_45_degrees_of_the_front(micro_
             assert {*map(tuple, yaw_coords(torch.tensor([*base]), turn, GRID).tolist())} == own
             turned += turn != 0
             chosen, mirror = int(snapped["object"][index]), bool(snapped["mirror"][index])
-            pictures = data.conditions[chosen].flip(-1) if mirror else data.conditions[chosen]
+            same = torch.full_like(every, chosen)
+            pictures, azimuths = data.pictures("condition", same, every), data.table("condition_azimuth", same, every)
+            pictures = pictures.flip(-1) if mirror else pictures
             [view] = [v for v, picture in enumerate(pictures) if torch.equal(picture, snapped["condition"][index])]
-            azimuth = float(azimuths[chosen, view]) * (-1 if mirror else 1) + 90 * turn
+            azimuth = float(azimuths[view]) * (-1 if mirror else 1) + 90 * turn
             assert abs((azimuth + 180) % 360 - 180) <= 45
     assert turned
 
 
 def test_targets_carry_the_hue_of_their_features(micro_config):
-    batch = ViewBatches(_data(micro_config("vae"), "features"), GRID)[0]
+    batch = ViewBatches(_data(micro_config("vae")), GRID)[0]
     assert set(batch["hue"].tolist()) <= {0.0, 120.0}
     matrix = hue_matrix(torch.tensor([120.0]))[0]
     assert torch.allclose(matrix @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]), atol=1e-6)
@@ -107,4 +137,4 @@ def test_targets_carry_the_hue_of_their_features(micro_config):
 
 def test_an_empty_split_is_a_lookup_error(micro_config):
     with pytest.raises(LookupError, match="split 'test' has no object"):
-        ObjectData(micro_config("vae"), "test", "render", torch.device("cpu"))
+        open_data(micro_config("vae"), "test", ("render",), torch.device("cpu"))

@@ -17,9 +17,20 @@ def _run(stage, config, resume=False):
     return train(build_stage(stage, config), config, resume)
 
 
-@pytest.mark.parametrize(("stage", "optimizer"), [("structure-vae", "adamw"), ("vae", "muon")])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(micro_config, tmp_path, monkeypatch, stage, optimizer):
-    whole = micro_config(stage, steps=6, checkpoint_every=2, out=tmp_path / "whole", optimizer=optimizer)
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "source"),
+    [
+        ("structure-vae", "adamw", "micro_data"),
+        ("vae", "muon", "micro_data"),
+        ("vae", "adamw", "shard_data"),
+        ("autoencoder", "adamw", "shard_data"),
+    ],
+)
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    micro_config, tmp_path, monkeypatch, request, stage, optimizer, source
+):
+    data = request.getfixturevalue(source)
+    whole = micro_config(stage, data=data, steps=6, checkpoint_every=2, out=tmp_path / "whole", optimizer=optimizer)
     _run(stage, whole)
 
     cut = whole.model_copy(update={"out": tmp_path / "cut"})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diff2to3.train._assemble import assemble, unpack
 from diff2to3.train._batches import place
+from diff2to3.train._data import open_data
 from diff2to3.train._engine import train
 from diff2to3.train.stages import STAGES, build_stage
 from diff2to3.train.stages.structure_vae import dense_occupancy
@@ -110,8 +111,8 @@ def test_structure_statistics_are_those_of_the_kept_weights_on_the_training_obje
     data = stage.batches(config, "train", torch.device("cpu")).data
     latents = []
     for mirror, turn in itertools.product(range(2), range(4)):
-        batch, rows = data.coords.select(torch.arange(2))
-        coords = place(data.coords.rows[rows], batch, *(torch.full((2,), v) for v in (mirror, turn)), 16)
+        coords, batch = data.voxels(torch.arange(2))
+        coords = place(coords, batch, *(torch.full((2,), v) for v in (mirror, turn)), 16)
         latents.append(stage.model.encode(dense_occupancy(coords, 2, 16))[0])
     values = torch.cat(latents).detach().transpose(0, 1).flatten(1)  # every placement of every object, once
     mean, std = values.mean(1), values.std(1)
@@ -119,15 +120,17 @@ def test_structure_statistics_are_those_of_the_kept_weights_on_the_training_obje
     assert torch.tensor(settings["latent_std"]).tolist() == pytest.approx(std.tolist(), rel=0.1)
 
 
-def test_structure_latents_are_those_of_the_placed_voxels(trained, micro_config):
-    """They are encoded once for every turn and mirror image, and looked up in every step."""
-    config = micro_config("structure-flow", batch_size=2)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_structure_latents_are_those_of_the_placed_voxels(trained, micro_config, streaming):
+    """Held data are encoded once for every turn and mirror image, and looked up; streamed ones in every step."""
+    config = micro_config("structure-flow", batch_size=2, streaming=streaming)
     stage = build_stage("structure-flow", config)
     batches = stage.batches(config, "train", torch.device("cpu"))
+    data = open_data(config, "train", ("voxels",), torch.device("cpu"))
     for step in range(6):
         batch = batches[step]
-        data = batches.batches.data
-        owner, rows = data.coords.select(batch["object"])
-        coords = place(data.coords.rows[rows], owner, batch["mirror"], batch["turn"], stage.vae_grid)
+        stage.prepare(batch)
+        coords, owner = data.voxels(batch["object"])
+        coords = place(coords, owner, batch["mirror"], batch["turn"], stage.vae_grid)
         expected = stage._encode(coords, config.batch_size)
         assert torch.allclose(batch["latents"].float(), expected, atol=4e-3, rtol=2e-3)

@@ -1,5 +1,7 @@
 """Component manifest of flux-features; listing plugins imports nothing heavier than this file."""
 
+from importlib.util import find_spec
+
 from _flux_features_weights import licence_rows
 from diff2to3 import ComponentSpec, hookimpl
 
@@ -19,7 +21,7 @@ def diff2to3_components() -> list[ComponentSpec]:
             name="dino",
             target="flux_features:DinoFeatures",
             config="flux_features:DinoFeaturesConfig",
-            requires=("transformers",),
+            requires=() if find_spec("timm") else ("transformers",),  # either of the two runs it
             install="flux-features[dino]",
             weights="own",
             licence=licence_rows("dino"),

@@ -12,7 +12,7 @@ class PublishedWeights(NamedTuple):
 
     Attributes:
         component: name of the plugin, ``flux`` or ``dino``.
-        preset: preset of ``FluxFeaturesConfig`` that has their layout; for ``dino`` its default config.
+        preset: preset of ``FluxFeaturesConfig`` that has their layout; for ``dino`` the library whose layout.
         source: id on the Hugging Face Hub.
         licence: terms of these weights.
         gated: the Hub hands them out only to accounts that accepted those terms there.
@@ -37,7 +37,8 @@ PUBLISHED = (
     PublishedWeights("flux", "flux2", "black-forest-labs/FLUX.2-klein-4B", "Apache-2.0", False),
     PublishedWeights("flux", "taef1", "madebyollin/taef1", "MIT", False),
     PublishedWeights("flux", "taef2", "madebyollin/taef2", "MIT", False),
-    PublishedWeights("dino", "default", "facebook/dinov2-with-registers-large", "Apache-2.0", False),
+    PublishedWeights("dino", "transformers", "facebook/dinov2-with-registers-large", "Apache-2.0", False),
+    PublishedWeights("dino", "timm", "timm/vit_large_patch14_reg4_dinov2.lvd142m", "Apache-2.0", False),
 )
 
 

@@ -48,7 +48,7 @@ def assemble(directory: Path, config: PipelineConfig, overrides: Mapping[str, An
     for role in PIPELINE_ROLES:
         override, own = overrides.get(role.name), config.roles[role.name]
         if override is None or (isinstance(override, str) and _is_same(role, override, own.name)):
-            components[role.name], chosen[role.name] = _from_directory(role, own, directory), own
+            components[role.name], chosen[role.name] = from_directory(role, own, directory), own
             if (path := weights_path(directory, role.name)).is_file():
                 files[role.name] = path
         elif isinstance(override, str):
@@ -95,7 +95,8 @@ def check_models_fit(structure: Any, backbone: Any, decoder: Any) -> None:
             raise ComponentError(f"{what} do not fit together: {left} and {right}")
 
 
-def _from_directory(role: Role[Any], own: ComponentConfig, directory: Path) -> Any:
+def from_directory(role: Role[Any], own: ComponentConfig, directory: Path) -> Any:
+    """The component of a pipeline directory that plays a role, with its weights."""
     component = _build_quietly(role, own)
     path = weights_path(directory, role.name)
     if path.is_file():

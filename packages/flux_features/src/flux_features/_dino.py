@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,12 +11,17 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from flux_features._hub import hub_files, in_cache
+from flux_features._dino_weights import (
+    FILES,
+    Library,
+    build_network,
+    layout_of,
+    missing_library,
+    read_weights,
+)
+from flux_features._hub import HUB_ID, Consent, cached_files, hub_files
+from flux_features._weights import read_json
 
-_FILES = ["config.json", "model.safetensors"]
-_MODEL_TYPE = "dinov2_with_registers"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_INSTALL = "DinoFeatures needs transformers: pip install 'flux-features[dino]'"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -27,8 +29,10 @@ class DinoFeaturesConfig(BaseModel):
     """Which DINOv2, and for which pictures.
 
     Attributes:
-        source: directory with ``config.json`` and weights in transformers' layout, or a Hub id. Default: DINOv2-L/14
-            with 4 registers (304 M parameters, Apache-2.0).
+        source: directory with ``config.json`` and ``model.safetensors``, in transformers' layout or in timm's, or the
+            id of such a repository that the Hub's local cache has. Default: DINOv2-L/14 with 4 registers (304 M
+            parameters, Apache-2.0).
+        library: whose network runs; either takes either layout, and the tokens are the same.
         revision: Hub revision, for Hub ids.
         image_size: side in pixels of the square condition image; a multiple of the patch size.
         extra_tokens: the condition holds the class token and the registers too, as TRELLIS's flows were trained.
@@ -37,6 +41,7 @@ class DinoFeaturesConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = "facebook/dinov2-with-registers-large"
+    library: Library = "transformers"
     revision: str | None = None
     image_size: int = Field(default=518, ge=1)
     extra_tokens: bool = False
@@ -52,52 +57,70 @@ class DinoFeatures(nn.Module):
 
     Shapes: images ``[B, 3, H, W]`` float RGB in [0, 1]; feature map ``[B, C, ceil(H / 14), ceil(W / 14)]``, of the
     default network ``[B, 1024, 37, 37]`` at 518 px. Sides that are not multiples of the patch are padded at the right
-    and bottom by repeating the edge. The position embedding is interpolated for other sizes than the network's own.
+    and bottom by repeating the edge. The position embedding is interpolated for other sizes than the network's own
+    (bicubic with antialiasing, as DINOv2's own code does for its networks with registers).
 
-    Needs the extra ``flux-features[dino]``. Weights that neither a directory nor the Hub's local cache has are
-    downloaded, with a line on the log ``flux_features`` that names their licence; gated ones are not.
+    Needs the extra ``flux-features[dino]`` (transformers) or ``flux-features[timm]``, by ``config.library``. Reads
+    directories and the Hub's local cache only; :meth:`from_pretrained` downloads.
 
     Raises:
         ValueError: the weights are incomplete or of another network, or do not go with ``image_size``.
-        PermissionError: the weights are gated on the Hub and were not downloaded before.
-        ConnectionError: the Hub cannot be asked for the licence of weights that are not well known.
-        FileNotFoundError: no weights at that place, or the Hub cannot be reached.
-        ImportError: transformers is not installed.
+        FileNotFoundError: no weights at that place.
+        ImportError: the library is not installed.
     """
+
+    patch = 1
 
     def __init__(self, config: DinoFeaturesConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = _load(config)
-        self.stride: int = self.backbone.config.patch_size
-        self.channels: int = self.backbone.config.hidden_size
-        self.num_extra_tokens: int = 1 + self.backbone.config.num_register_tokens
+        weights = read_weights(_local_files(config), config.source)
+        self.backbone: Any = build_network(weights, config.library, config.source)
+        self.stride: int = weights.patch_size
+        self.channels: int = weights.width
+        self.num_extra_tokens: int = 1 + weights.num_registers
         if config.image_size % self.stride:
             raise ValueError(f"image_size = {config.image_size}: expected a multiple of the patch, {self.stride} px")
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        config: DinoFeaturesConfig | None = None,
+        *,
+        revision: str | None = None,
+        accept_licence: Consent = False,
+    ) -> DinoFeatures:
+        """An extractor with published weights; those that neither a directory nor the Hub's cache has are downloaded.
+
+        A line on the log ``flux_features`` names the licence before a download.
+
+        Args:
+            source: see :class:`DinoFeaturesConfig`, for example ``timm/vit_large_patch14_reg4_dinov2.lvd142m``.
+            config: library and picture size; None is the default of both.
+            revision: Hub revision, for Hub ids.
+            accept_licence: for gated Hub ids: you read the licence of the weights and agree to it, or a function that
+                is asked then.
+
+        Raises:
+            PermissionError: the owner wants a licence accepted first.
+            ConnectionError: the Hub cannot be reached.
+        """
+        config = (config or DinoFeaturesConfig()).model_copy(update={"source": str(source), "revision": revision})
+        if not Path(source).exists():
+            hub_files(str(source), FILES, revision, accept_licence)
+        return cls(config).eval()
+
     @staticmethod
     def is_available(config: DinoFeaturesConfig) -> str | None:
-        """None when the weights are on this machine; else what is missing and what to do. Downloads nothing."""
-        if find_spec("transformers") is None:
-            return _INSTALL
-        folder = Path(config.source)
-        if not folder.is_dir():
-            if not _HUB_ID.fullmatch(config.source):
-                return f"{config.source}: no such directory, and not a Hub id such as 'owner/name'"
-            if in_cache(config.source, _FILES, config.revision):
-                return None
-            return (
-                f"{config.source} is not on this machine: run 'hf download {config.source}', or name a directory that "
-                "has its files"
-            )
-        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-            return f"{folder}: no DINOv2 weights there: expected config.json and model.safetensors"
+        """None when library and weights are on this machine; else what is missing and what to do. Loads nothing."""
+        if find_spec(config.library) is None:
+            return missing_library(config.library)
         try:
-            stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            return f"{folder / 'config.json'}: not a JSON file ({error})"
-        found = stated.get("model_type") if isinstance(stated, dict) else None
-        return None if found == _MODEL_TYPE else f"{folder}: is a {found!r}, expected {_MODEL_TYPE!r}"
+            layout_of(read_json(_local_files(config)[0]), config.source)
+        except (FileNotFoundError, ValueError) as error:
+            return str(error)
+        return None
 
     @property
     def image_size(self) -> int:
@@ -130,39 +153,33 @@ class DinoFeatures(nn.Module):
             images = F.pad(images, (0, right, 0, bottom), mode="replicate")
         mean, std = (images.new_tensor(value).view(1, 3, 1, 1) for value in (_IMAGENET_MEAN, _IMAGENET_STD))
         dtype = next(self.backbone.parameters()).dtype
-        return self.backbone(((images - mean) / std).to(dtype)).last_hidden_state
+        images = ((images - mean) / std).to(dtype)
+        if self.config.library == "timm":
+            return self.backbone.forward_features(images)
+        return self.backbone(images).last_hidden_state
 
 
 def _normalise(tokens: Tensor) -> Tensor:
     return F.layer_norm(tokens, tokens.shape[-1:])
 
 
-def _load(config: DinoFeaturesConfig) -> Any:
-    try:
-        transformers: Any = import_module("transformers")
-    except ImportError as error:
-        raise ImportError(_INSTALL) from error
-    folder = _folder(config)
-    try:
-        stated, _ = transformers.PretrainedConfig.get_config_dict(folder)
-        if not stated:
-            raise FileNotFoundError("no config.json")
-        if stated.get("model_type") != _MODEL_TYPE:
-            raise ValueError(f"{config.source}: is a {stated.get('model_type')!r}, expected {_MODEL_TYPE!r}")
-        model, report = transformers.Dinov2WithRegistersModel.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True
-        )
-    except OSError as error:
-        raise FileNotFoundError(f"{config.source}: no DINOv2 weights there ({str(error).splitlines()[0]})") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{config.source}: {len(missing)} tensors are missing, first {missing[0]}")
-    model.layernorm = nn.Identity()  # TRELLIS reads the tokens before it
-    return model.eval()
+def _local_files(config: DinoFeaturesConfig) -> list[Path]:
+    """Config and tensors in a directory or in the Hub's cache.
 
-
-def _folder(config: DinoFeaturesConfig) -> Path:
-    """The directory of the weights; what neither a directory nor the Hub's cache has is downloaded, with a word."""
-    if Path(config.source).is_dir():
-        return Path(config.source)
-    remedy = f"run 'hf download {config.source}'"
-    return hub_files(config.source, _FILES, config.revision, accept_licence=False, remedy=remedy)[0].parent
+    Raises:
+        FileNotFoundError: they are in neither.
+    """
+    folder = Path(config.source)
+    if folder.is_dir():
+        files = [folder / name for name in FILES]
+        if not all(file.is_file() for file in files):
+            raise FileNotFoundError(f"{folder}: no DINOv2 weights there: expected {' and '.join(FILES)}")
+        return files
+    if files := cached_files(config.source, FILES, config.revision):
+        return files
+    if not HUB_ID.fullmatch(config.source):
+        raise FileNotFoundError(f"{config.source}: no such directory, and not a Hub id such as 'owner/name'")
+    raise FileNotFoundError(
+        f"{config.source} is not on this machine: run 'hf download {config.source}', or name a directory that has its "
+        "files"
+    )

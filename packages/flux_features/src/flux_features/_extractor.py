@@ -12,9 +12,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flux_features._config import FluxFeaturesConfig
+from flux_features._hub import Consent, hub_files
 from flux_features._tiling import encode_tiled
 from flux_features._tiny_autoencoder import TinyAutoencoder
-from flux_features._weights import find_files, load_strictly, published_numbers, read_tensors
+from flux_features._weights import (
+    config_of,
+    find_files,
+    hub_names,
+    load_strictly,
+    own_config,
+    published_config,
+    published_numbers,
+    read_tensors,
+)
 
 
 class FluxFeatures(nn.Module):
@@ -145,7 +155,7 @@ class FluxFeatures(nn.Module):
         config: FluxFeaturesConfig | None = None,
         *,
         revision: str | None = None,
-        accept_licence: bool = False,
+        accept_licence: Consent = False,
     ) -> FluxFeatures:
         """An extractor with published weights, in float32 and eval mode.
 
@@ -157,11 +167,14 @@ class FluxFeatures(nn.Module):
                 black-forest-labs layout, a diffusers directory (of the autoencoder, or of a pipeline with a ``vae``
                 folder), or an id such as ``black-forest-labs/FLUX.1-schnell``. For the tiny ones: a file or directory
                 in diffusers' layout, one of the pair ``*_encoder.safetensors`` and ``*_decoder.safetensors`` or the
-                directory that has the pair, or ``madebyollin/taef1``, ``madebyollin/taef2``.
-            config: the layout; None is ``FluxFeaturesConfig.preset("paper")``. Scale and shift that a ``config.json``
-                beside the weights states replace those of the layout; FLUX.2's statistics come with its weights.
+                directory that has the pair, or ``madebyollin/taef1``, ``madebyollin/taef2``. For all: a model folder
+                that diff2to3 trained, with ``model.safetensors`` and our ``config.json``, whose config is taken.
+            config: the layout; None is the one that a well-known id has, or that the names of the tensors tell. Scale
+                and shift that a ``config.json`` beside the weights states replace those of the layout; FLUX.2's
+                statistics come with its weights.
             revision: Hub revision, for Hub ids.
-            accept_licence: for gated Hub ids: you read the licence of the weights and agree to it.
+            accept_licence: for gated Hub ids: you read the licence of the weights and agree to it, or a function that
+                is asked then.
 
         Raises:
             ValueError: the weights are not of this layout (missing, unexpected or misshapen tensors are named), or a
@@ -170,10 +183,20 @@ class FluxFeatures(nn.Module):
             PermissionError: the owner wants a licence accepted first: by ``accept_licence``, and on the Hub.
             ConnectionError: the Hub cannot be reached.
         """
-        config = FluxFeaturesConfig.preset("paper") if config is None else config
-        files, config_file = find_files(source, config, revision, accept_licence)
+        if Path(source).exists():
+            files, config_file = find_files(source)
+        else:
+            config = config or published_config(source)
+            names = hub_names(config or FluxFeaturesConfig.preset("paper"))
+            weights, *rest = hub_files(str(source), names, revision, accept_licence)
+            files, config_file = [weights], rest[0] if rest else None
         where = " and ".join(map(str, files))
         tensors = read_tensors(files)
+        if (own := own_config(config_file)) is not None:
+            model = cls(own)
+            load_strictly(model, tensors, where)
+            return model.eval()
+        config = config or config_of(tensors, where)
         numbers = published_numbers(config.architecture, tensors, config_file, where)
         model = cls(FluxFeaturesConfig.model_validate(config.model_dump() | numbers))
         load_strictly(model.autoencoder, tensors, where)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from _flux_features_weights import PUBLISHED
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.safetensors)")  # a missing file is no repository
 
 _log = logging.getLogger("flux_features")
 
@@ -16,6 +21,23 @@ class Terms(NamedTuple):
 
     licence: str
     gated: bool
+
+
+#: Agreement to the licence of a gated repository: yes or no, or a function of its id and terms that is asked then.
+Consent = bool | Callable[[str, Terms], bool]
+
+
+def ask_on_terminal(repository: str, terms: Terms) -> bool:
+    """Consent by the person at the terminal; where there is none, no."""
+    if not sys.stdin.isatty():
+        return False
+    print(f"{repository}: licence of the weights: {terms.licence}; {_page(repository)}", file=sys.stderr)
+    try:
+        print("Do you agree to this licence? [y/N] ", end="", file=sys.stderr, flush=True)
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D: no answer
+        print(file=sys.stderr)
+        return False
 
 
 def terms_of(repository: str, revision: str | None = None) -> Terms:
@@ -44,76 +66,68 @@ def terms_of(repository: str, revision: str | None = None) -> Terms:
     return Terms(str(stated or "none stated"), bool(info.gated))
 
 
-def in_cache(repository: str, files: list[str], revision: str | None = None) -> bool:
-    """Whether all the files were downloaded before."""
+def cached_files(repository: str, files: list[str], revision: str | None = None) -> list[Path]:
+    """Paths of files that were downloaded before; empty unless all were."""
     from huggingface_hub import try_to_load_from_cache
 
-    return all(isinstance(try_to_load_from_cache(repository, file, revision=revision), str) for file in files)
+    if not HUB_ID.fullmatch(repository):
+        return []
+    found = [try_to_load_from_cache(repository, file, revision=revision) for file in files]
+    return [Path(path) for path in found if isinstance(path, str)] if all(isinstance(p, str) for p in found) else []
 
 
-def announce(repository: str, terms: Terms, accept_licence: bool, remedy: str) -> None:
-    """Say on the log (stderr, unless configured) what is downloaded and under which licence.
-
-    Args:
-        repository: Hub id.
-        terms: as :func:`terms_of` found them.
-        accept_licence: whether the caller agreed to the licence.
-        remedy: what to do to agree; part of the error.
-
-    Raises:
-        PermissionError: the Hub asks for consent, and the caller did not give it.
-    """
-    page = f"https://huggingface.co/{repository}"
-    if terms.gated and not accept_licence:
-        raise PermissionError(
-            f"{repository}: not downloaded, its owner asks for consent to the licence ({terms.licence}): "
-            f"read and accept it at {page}, log in with 'hf auth login', then {remedy}"
-        )
-    _log.warning("downloading %s from the Hugging Face Hub; licence of the weights: %s", repository, terms.licence)
-
-
-def hub_files(
-    repository: str, files: list[str], revision: str | None, accept_licence: bool, remedy: str | None = None
-) -> list[Path]:
+def hub_files(repository: str, files: list[str], revision: str | None, accept_licence: Consent) -> list[Path]:
     """Paths of files of a repository; what the local cache has is used as it is, without asking the Hub.
+
+    Anything else is downloaded, with a line on the log (stderr, unless configured) that names the licence.
 
     Args:
         repository: Hub id.
         files: paths inside it.
         revision: Hub revision; None is its main branch, or what the cache holds of that.
-        accept_licence: see :func:`announce`.
-        remedy: see :func:`announce`; None names the ways of the FLUX autoencoders.
+        accept_licence: for gated repositories.
 
     Raises:
         PermissionError: the Hub asks for consent to a licence that was not given here, or not there.
-        FileNotFoundError: there is no such repository or file.
+        FileNotFoundError: that is no Hub id, or there is no such repository or file.
         ConnectionError: the Hub cannot be reached.
     """
-    cached = in_cache(repository, files, revision)
-    if not cached:
-        remedy = remedy or f"pass accept_licence=True, or run 'python -m flux_features download {repository}'"
-        announce(repository, terms_of(repository, revision), accept_licence, remedy)
-    return [_download(repository, file, revision, cached) for file in files]
+    if not HUB_ID.fullmatch(repository):
+        raise FileNotFoundError(f"{repository}: no such file or directory, and not a Hub id such as 'owner/name'")
+    if cached := cached_files(repository, files, revision):
+        return cached
+    terms = terms_of(repository, revision)
+    if terms.gated and not (accept_licence(repository, terms) if callable(accept_licence) else accept_licence):
+        raise PermissionError(
+            f"{repository}: not downloaded, its owner asks for consent to the licence ({terms.licence}): read and "
+            f"accept it at {_page(repository)}, log in with 'hf auth login', then pass accept_licence=True "
+            "(--accept-licence on a command line)"
+        )
+    _log.warning("downloading %s from the Hugging Face Hub; licence of the weights: %s", repository, terms.licence)
+    return [_download(repository, file, revision) for file in files]
 
 
-def _download(repository: str, file: str, revision: str | None, cached: bool) -> Path:
+def _download(repository: str, file: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=cached))
+        return Path(hf_hub_download(repository, file, revision=revision))
     except GatedRepoError as error:
         raise PermissionError(
             f"{repository}: its owner asks for consent to a licence: read and accept it at "
-            f"https://huggingface.co/{repository}, then log in with 'hf auth login'"
+            f"{_page(repository)}, then log in with 'hf auth login'"
         ) from error
     except LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"{repository}: {file} is not in the local cache and the Hub cannot be reached: run "
-            f"'hf download {repository}' when it can be, or name a directory that has the files"
+            f"{repository}: {file} is not in the local cache and the Hub cannot be reached"
         ) from error
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"{repository}: cannot get {file} from the Hub ({_first_line(error)})") from error
+
+
+def _page(repository: str) -> str:
+    return f"https://huggingface.co/{repository}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,31 +25,31 @@ def voxel_centres(coords: Int[Tensor, "L 3"], grid_size: int) -> Float[Tensor, "
 def lift_features(
     feature_maps: Float[Tensor, "V C h w"],
     cameras: Camera,
-    points: Float[Tensor, "L 3"],
+    voxels: Float[Tensor, "L 3"],
     visibility: Literal["all", "depth"] = "all",
     *,
     depth: Float[Tensor, "V a b"] | None = None,
     depth_tolerance: float = 0.03,
     out_of_frame: Literal["zeros", "exclude"] = "zeros",
 ) -> Float[Tensor, "L C"]:
-    """Mean over views of the bilinearly sampled feature at each point's projection.
+    """Mean over views of the bilinearly sampled feature at the projection of each voxel's centre.
 
-    Differentiable in the feature maps, the points and the cameras. Without gradients the memory beyond inputs and
-    result is a copy of the maps and about 0.2 GB, whatever the number of views and points.
+    Differentiable in the feature maps, the centres and the cameras. Without gradients the memory beyond inputs and
+    result is a copy of the maps and about 0.2 GB, whatever the number of views and voxels.
 
     Args:
         feature_maps: one map per view that tiles the whole image: cell (i, j) of h x w is centred at pixel
             ``((j + 0.5) width / w, (i + 0.5) height / h)``, pixel centres being at +0.5. Between cells features are
             interpolated; within half a cell of the image's edge they are those of the outermost cell.
         cameras: V cameras of ``cameras.width x cameras.height`` pixels.
-        points: world positions, usually :func:`voxel_centres`.
-        visibility: ``"all"`` averages every view whether or not the surface hides the point (paper, TRELLIS);
-            ``"depth"`` only views whose depth map says that the point is not hidden. A point that no view sees falls
-            back to all views.
+        voxels: world positions of the centres, from :func:`voxel_centres`; any other points will do.
+        visibility: ``"all"`` averages every view whether or not the surface hides the voxel (paper, TRELLIS);
+            ``"depth"`` only views whose depth map says that it is not hidden. A voxel that no view sees falls back to
+            all views.
         depth: view-space z of the nearest surface for ``"depth"``, any resolution, ``inf`` for background.
-        depth_tolerance: world units by which a point may lie behind the recorded surface and still count as seen.
+        depth_tolerance: world units by which a voxel may lie behind the recorded surface and still count as seen.
         out_of_frame: a projection outside the frame (or behind the camera) counts as a zero feature (TRELLIS), or is
-            left out of the mean; a point outside every frame is zero. Under ``visibility="depth"`` it is always left
+            left out of the mean; a voxel outside every frame is zero. Under ``visibility="depth"`` it is always left
             out.
 
     Returns:
@@ -58,20 +58,20 @@ def lift_features(
     Raises:
         ValueError: numbers of views disagree, an option is unknown, or ``visibility="depth"`` has no depth maps.
     """
-    _check(feature_maps, cameras, points, visibility, depth, out_of_frame)
+    _check(feature_maps, cameras, voxels, visibility, depth, out_of_frame)
     dtype = torch.promote_types(feature_maps.dtype, torch.float32)
-    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    points = voxels.to(torch.promote_types(voxels.dtype, torch.float32))
     rows, columns = feature_maps.shape[-2:]
     table = feature_maps.to(dtype).permute(0, 2, 3, 1).flatten(0, 2)  # [V h w, C]: a sample reads whole rows
     matrix = _projection(cameras, points)
+    nearest = depth.to(points) if visibility == "depth" and depth is not None else None
     parts = []
     for part in points.split(max(1, _CHUNK_SAMPLES // len(cameras))):
         x, y, z, inside = _project(matrix, cameras, part)
         every_view = inside if out_of_frame == "exclude" else torch.ones_like(inside)
         counted = every_view
-        if visibility == "depth":
-            assert depth is not None
-            seen = inside & (z <= _at_pixels(depth.to(points), x, y) + depth_tolerance)
+        if nearest is not None:
+            seen = inside & (z <= _at_pixels(nearest, x, y) + depth_tolerance)
             counted = torch.where(seen.any(0), seen, every_view)
         share = (counted & inside).to(points.dtype) / counted.sum(0).clamp_min(1)
         cells, weights = _bilinear(x, y, rows, columns)
@@ -83,15 +83,18 @@ def lift_features(
 
 
 def _check(
-    feature_maps: Tensor, cameras: Camera, points: Tensor, visibility: str, depth: Tensor | None, out_of_frame: str
+    feature_maps: Tensor, cameras: Camera, voxels: Tensor, visibility: str, depth: Tensor | None, out_of_frame: str
 ) -> None:
     if feature_maps.ndim != 4 or len(cameras) != len(feature_maps) or not len(cameras):
         raise ValueError(
             f"expected a feature map [V, C, h, w] for each camera, got {tuple(feature_maps.shape)} "
             f"and {len(cameras)} cameras"
         )
-    if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point():
-        raise ValueError(f"expected float points [L, 3], got {points.dtype} {tuple(points.shape)}")
+    if voxels.ndim != 2 or voxels.shape[1] != 3 or not voxels.is_floating_point():
+        raise ValueError(
+            f"expected the centres of voxels, float [L, 3], got {voxels.dtype} {tuple(voxels.shape)}; "
+            "voxel_centres(coords, grid_size) makes them"
+        )
     if visibility not in ("all", "depth"):
         raise ValueError(f"visibility = {visibility!r}: expected 'all' or 'depth'")
     if out_of_frame not in ("zeros", "exclude"):

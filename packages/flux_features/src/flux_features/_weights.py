@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from _flux_features_weights import PUBLISHED
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from flux_features._config import FluxFeaturesConfig
-from flux_features._hub import hub_files
 
 _DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+OWN_FILE = "model.safetensors"  # beside a config.json with the fields of FluxFeaturesConfig
 
 # A diffusers name of AutoencoderKL -> its black-forest-labs name; applied in this order.
 _BFL_RULES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
@@ -57,33 +58,74 @@ def taesd_name(name: str) -> str:
     return f"{part}.{int(index) + (part == 'decoder')}.{rest}"
 
 
+def published_config(source: str | Path) -> FluxFeaturesConfig | None:
+    """The layout of well-known weights by their Hub id; None for other places."""
+    presets = {entry.source: entry.preset for entry in PUBLISHED if entry.component == "flux"}
+    return FluxFeaturesConfig.preset(presets[str(source)]) if str(source) in presets else None
+
+
 def hub_names(config: FluxFeaturesConfig) -> list[str]:
-    """Files of a Hub repository that has weights of this layout."""
+    """Files of a Hub repository that has weights of this layout, the tensors first."""
     if config.architecture != "tiny":
         return [f"vae/{_DIFFUSERS_FILE}", "vae/config.json"]
     return ["taef2.safetensors"] if config.normalised_blocks else [_DIFFUSERS_FILE, "config.json"]
 
 
-def find_files(
-    source: str | Path, config: FluxFeaturesConfig, revision: str | None, accept_licence: bool
-) -> tuple[list[Path], Path | None]:
-    """Weight files and the ``config.json`` beside them, if there is one.
+def find_files(source: str | Path) -> tuple[list[Path], Path | None]:
+    """Weight files at a local place, and the ``config.json`` beside them, if there is one.
 
     Args:
-        source: a file, a directory or a Hub id.
-        config: layout of the weights; of a tiny one encoder and decoder may be files of their own.
-        revision: Hub revision.
-        accept_licence: consent to the licence of a gated repository.
+        source: a file or a directory; of a tiny one encoder and decoder may be files of their own.
     """
-    path, is_tiny = Path(source), config.architecture == "tiny"
+    path = Path(source)
     if path.is_file():
-        return _with_sibling(path) if is_tiny else [path], None
-    if path.is_dir():
-        return _in_directory(path, is_tiny)
-    if path.suffix == ".safetensors" or not _HUB_ID.fullmatch(str(source)):
-        raise FileNotFoundError(f"{source}: no such file or directory, and not a Hub id such as 'owner/name'")
-    weights, *config_file = hub_files(str(source), hub_names(config), revision, accept_licence)
-    return [weights], config_file[0] if config_file else None
+        return _with_sibling(path), None
+    for place in (path / "vae", path):
+        for name in (_DIFFUSERS_FILE, OWN_FILE):
+            if (place / name).is_file():
+                config = place / "config.json"
+                return [place / name], config if config.is_file() else None
+    if (path / "ae.safetensors").is_file():
+        return [path / "ae.safetensors"], None
+    encoders = sorted(path.glob("*_encoder.safetensors"))
+    if len(encoders) == 1:
+        return _with_sibling(encoders[0]), None
+    if encoders:
+        raise ValueError(f"{path}: has several encoders ({', '.join(e.name for e in encoders)}); name one of the files")
+    raise FileNotFoundError(
+        f"{path}: has no weights: neither {_DIFFUSERS_FILE} (here or in vae/) nor {OWN_FILE} nor ae.safetensors nor a "
+        "pair *_encoder.safetensors and *_decoder.safetensors"
+    )
+
+
+def own_config(config_file: Path | None) -> FluxFeaturesConfig | None:
+    """The config of a model folder that diff2to3 wrote; None where ``config.json`` is of another kind.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if config_file is None:
+        return None
+    try:
+        return FluxFeaturesConfig.model_validate(read_json(config_file))
+    except ValidationError:
+        return None
+
+
+def config_of(tensors: Mapping[str, Tensor], where: str) -> FluxFeaturesConfig:
+    """The preset whose layout the tensors have.
+
+    Raises:
+        ValueError: their names are those of no autoencoder.
+    """
+    if _BATCH_NORM[0] in tensors:
+        return FluxFeaturesConfig.preset("flux2")
+    if any(re.match(r"encoder\.(down|mid)(_block|\.)", name) for name in tensors):
+        return FluxFeaturesConfig.preset("paper")
+    for name, value in tensors.items():
+        if re.fullmatch(r"decoder\.(layers\.0|1)\.weight", name):
+            return FluxFeaturesConfig.preset("taef2" if value.shape[1:2] == (32,) else "taef1")
+    raise ValueError(f"{where}: not the weights of an autoencoder: its first tensor is {min(tensors, default='none')}")
 
 
 def published_numbers(
@@ -95,7 +137,7 @@ def published_numbers(
     ``channel_mean`` and ``channel_std``, from its batch norm over 2x2 patches, whose tensors are taken out of
     ``tensors``.
     """
-    stated = _read_config(config_file)
+    stated = read_json(config_file) if config_file is not None else {}
     if architecture != "kl2":
         names = {"scale": "scaling_factor", "shift": "shift_factor"}
         return {ours: float(stated[theirs]) for ours, theirs in names.items() if stated.get(theirs) is not None}
@@ -107,15 +149,18 @@ def published_numbers(
     return {"channel_mean": tuple(mean.tolist()), "channel_std": tuple(deviation.tolist())}
 
 
-def _read_config(config_file: Path | None) -> dict[str, Any]:
-    if config_file is None:
-        return {}
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
     try:
-        stated = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file}: not a JSON file ({error})") from error
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not a JSON file ({error})") from error
     if not isinstance(stated, dict):
-        raise ValueError(f"{config_file}: expected a JSON object, got {type(stated).__name__}")
+        raise ValueError(f"{file}: expected a JSON object, got {type(stated).__name__}")
     return stated
 
 
@@ -182,25 +227,6 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
         half = re.search(r"_(encoder|decoder)$", file.stem) if len(files) > 1 else None
         found |= {f"{half[1]}.{name}": value for name, value in tensors.items()} if half else tensors
     return found
-
-
-def _in_directory(folder: Path, is_tiny: bool) -> tuple[list[Path], Path | None]:
-    for place in (folder / "vae", folder):
-        if (place / _DIFFUSERS_FILE).is_file():
-            config = place / "config.json"
-            return [place / _DIFFUSERS_FILE], config if config.is_file() else None
-    single = folder / "ae.safetensors"
-    if not is_tiny and single.is_file():
-        return [single], None
-    encoders = sorted(folder.glob("*_encoder.safetensors")) if is_tiny else []
-    if len(encoders) == 1:
-        return _with_sibling(encoders[0]), None
-    if encoders:
-        raise ValueError(
-            f"{folder}: has several encoders ({', '.join(e.name for e in encoders)}); name one of the files"
-        )
-    wanted = "a pair *_encoder.safetensors and *_decoder.safetensors" if is_tiny else "ae.safetensors"
-    raise FileNotFoundError(f"{folder}: has neither {_DIFFUSERS_FILE} (here or in vae/) nor {wanted}")
 
 
 def _with_sibling(file: Path) -> list[Path]:

@@ -16,9 +16,9 @@ import click
 from diff2to3._errors import InputError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-    from torch import nn
+    import torch
 
+    from diff2to3.data._extractor import ExtractorChoice
     from diff2to3.data._feature_stage import Encoding, FeatureSettings, Lifting
     from diff2to3.data._run import Workers
     from diff2to3.data._store import Store
@@ -203,7 +203,22 @@ def voxelize(
 
 @data.command()
 @click.argument("out", type=_FOLDER)
-@click.option("--extractor", type=_ASSETS, required=True, help="Model folder of `diff2to3 train autoencoder`.")
+@click.option(
+    "--extractor",
+    required=True,
+    metavar="SOURCE",
+    help="Weights: `tiny` (embedded) or a pipeline, a model folder of `diff2to3 train autoencoder`, a directory or "
+    "ae.safetensors of FLUX, FLUX.2 or DINOv2, or a Hub id.",
+)
+@click.option("--preset", help="Of a Hub id that is not well known: paper, flux2, taef1, taef2 or dino.")
+@click.option(
+    "--library",
+    type=click.Choice(["transformers", "timm"]),
+    default="transformers",
+    show_default=True,
+    help="Whose network runs DINOv2.",
+)
+@click.option("--accept-licence", is_flag=True, help="Agree to the licence of gated weights without being asked.")
 @click.option("--views", type=_POSITIVE, default=32, show_default=True, help="The first N rendered views are used.")
 @click.option("--variants", type=_POSITIVE, default=4, show_default=True, help="Colour variants, the first unchanged.")
 @click.option("--visibility", type=click.Choice(["all", "depth"]), default="depth", show_default=True)
@@ -214,7 +229,6 @@ def voxelize(
 @_ENGINE
 def features(
     out: Path,
-    extractor: Path,
     views: int,
     variants: int,
     visibility: Literal["all", "depth"],
@@ -223,13 +237,18 @@ def features(
     shard: str,
     workers: int | None,
     engine: str,
+    extractor: str,
+    **weights: Any,
 ) -> None:
     """Lift picture features onto voxels, for every object of the data set OUT."""
+    from diff2to3.data._extractor import ExtractorChoice
     from diff2to3.data._feature_stage import FeatureSettings, lift_objects
 
     store, ids = _shard(out, "voxels", shard)
     settings = FeatureSettings(num_views=views, num_variants=variants, visibility=visibility)
-    model = _model_work(engine, workers, _load_lifting, extractor, device, store, settings, grid_size)
+    local = Path(extractor).exists()  # workers on other machines start in another folder
+    choice = ExtractorChoice(source=str(Path(extractor).resolve()) if local else extractor, **weights)
+    model = _model_work(engine, workers, _load_lifting, choice, device, store, settings, grid_size)
     with model as (work, digest, processes):
         failures = lift_objects(work, store, ids, settings, digest, grid_size, processes)
     _report("features", len(ids), failures)
@@ -253,7 +272,7 @@ def latents(out: Path, vae: Path, device: str | None, shard: str, workers: int |
     from diff2to3.train._checkpoint import read_config
 
     store, ids = _shard(out, "features", shard)
-    with _model_work(engine, workers, _load_encoding, vae, device, store) as (work, digest, processes):
+    with _model_work(engine, workers, _load_encoding, vae.resolve(), device, store) as (work, digest, processes):
         failures = encode_objects(work, store, ids, digest, processes)
     _report("latents", len(ids), failures)
     done = [i for i in ids if i not in failures]
@@ -347,58 +366,54 @@ def _shard(out: Path, needs: str, shard: str) -> tuple[Store, list[str]]:
     return store, ids[index::count]
 
 
-def _load(
-    model_class: Callable[[Any], nn.Module], config_class: type[BaseModel], folder: Path, device: str | None
-) -> tuple[Any, str]:
-    """The model of a folder, ready to run, and the hash of its weights."""
-    import torch
-
-    from diff2to3._store import state_sha256
-    from diff2to3.train._checkpoint import read_config, read_weights
-
-    try:
-        model = model_class(read_config(folder, config_class))
-        model.load_state_dict(read_weights(folder))
-    except (ValueError, RuntimeError) as error:  # torch reports missing and unexpected weights as RuntimeError
-        raise InputError(f"{folder}: {error}") from error
-    digest = str(state_sha256(model))
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), digest
-
-
 def _load_lifting(
-    extractor: Path, device: str | None, store: Store, settings: FeatureSettings, grid_size: int
+    choice: ExtractorChoice, device: str | None, store: Store, settings: FeatureSettings, grid_size: int
 ) -> tuple[Lifting, str]:
     """The work of stage ``features``, and the hash of its weights."""
-    from flux_features import FluxFeatures, FluxFeaturesConfig
-
+    from diff2to3._store import state_sha256
+    from diff2to3.data._extractor import open_extractor
     from diff2to3.data._feature_stage import Lifting
 
-    model, digest = _load(FluxFeatures, FluxFeaturesConfig, extractor, device)
-    return Lifting(model, store, settings, grid_size), digest
+    model: Any = open_extractor(choice)
+    digest, place = str(state_sha256(model)), _device(device)
+    return Lifting(model.to(place) if hasattr(model, "to") else model, store, settings, grid_size, place), digest
 
 
 def _load_encoding(vae: Path, device: str | None, store: Store) -> tuple[Encoding, str]:
     """The work of stage ``latents``, and the hash of its weights."""
     from sparse_vae import SparseVAE, SparseVAEConfig
 
+    from diff2to3._store import state_sha256
     from diff2to3.data._feature_stage import Encoding
+    from diff2to3.train._checkpoint import read_config, read_weights
 
-    model, digest = _load(SparseVAE, SparseVAEConfig, vae, device)
-    return Encoding(model, store), digest
+    try:
+        model = SparseVAE(read_config(vae, SparseVAEConfig))
+        model.load_state_dict(read_weights(vae))
+    except (ValueError, RuntimeError) as error:  # torch reports missing and unexpected weights as RuntimeError
+        raise InputError(f"{vae}: {error}") from error
+    digest = str(state_sha256(model))
+    return Encoding(model.to(_device(device)).eval(), store), digest
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextmanager
 def _model_work(
-    engine: str, workers: int | None, load: Callable[..., tuple[Any, str]], folder: Path, device: str | None, *rest: Any
+    engine: str, workers: int | None, load: Callable[..., tuple[Any, str]], source: Any, device: str | None, *rest: Any
 ) -> Iterator[tuple[Any, str, Workers | None]]:
     """The work of a stage that needs a model, the hash of its weights, and the workers that load it themselves."""
     from diff2to3.data._feature_stage import model_work, start_model_work
     from diff2to3.data._run import Workers
 
     with _processes(engine, workers) as processes:
-        work, digest = load(folder, "cpu" if engine == "ray" else device, *rest)
+        work, digest = load(source, "cpu" if engine == "ray" else device, *rest)
         if engine == "ray":
-            arguments = (load, folder.resolve(), device, *rest)
+            arguments = (load, source, device, *rest)
             yield model_work, digest, Workers(processes, start_model_work, arguments, on_gpu=True)
         else:
             yield work, digest, None

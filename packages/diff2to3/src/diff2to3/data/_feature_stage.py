@@ -8,16 +8,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from flux_features import FluxFeatures, lift_features, voxel_centres
+import torch.nn.functional as F
+from flux_features import lift_features, voxel_centres
 from gs_render import Camera
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from sparse_vae import SparseTensor, SparseVAE, Topology
 from torch import Tensor
 
 from diff2to3._errors import InputError
+from diff2to3._plugins import FeatureExtractor
 from diff2to3.data._augment import hue_matrix, mirror_cameras, mirror_coords, shift_hue, yaw_coords
 from diff2to3.data._run import Workers, run_stage
 from diff2to3.data._store import Store, decode_png
+
+_VIEWS_AT_ONCE = 8  # what an H200 encodes fastest with FLUX's network at 512^2; bounds the memory
 
 
 class FeatureSettings(BaseModel):
@@ -37,15 +42,17 @@ class FeatureSettings(BaseModel):
 class Lifting:
     """The work of stage ``features``: tensors of an object from its pictures and voxels."""
 
-    def __init__(self, extractor: FluxFeatures, store: Store, settings: FeatureSettings, grid_size: int) -> None:
-        self.extractor, self.store, self.settings, self.grid_size = extractor, store, settings, grid_size
+    def __init__(
+        self, extractor: FeatureExtractor, store: Store, settings: FeatureSettings, grid_size: int, device: torch.device
+    ) -> None:
+        self.device, self.extractor, self.store = device, extractor, store
+        self.settings, self.grid_size = settings, grid_size
         self.decoder = ThreadPoolExecutor()
 
     @torch.inference_mode()
     def __call__(self, object_id: str) -> Mapping[str, np.ndarray]:
         """``features`` fp16 [K, L, C], ``hue`` degrees [K] and ``mirrored`` [K]."""
-        settings, grid_size = self.settings, self.grid_size
-        device = next(self.extractor.parameters()).device
+        settings, grid_size, device = self.settings, self.grid_size, self.device
         rendered = self.store.read("render", object_id)
         if len(rendered["view_pose"]) < settings.num_views:
             raise ValueError(f"{len(rendered['view_pose'])} views were rendered, expected {settings.num_views}")
@@ -67,11 +74,21 @@ class Lifting:
             if mirror:
                 images, surface = images.flip(-1), depth.flip(-1)
                 points, cameras = mirror_coords(coords, grid_size), Camera(mirror_cameras(pose), intrinsics, size, size)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                maps = self.extractor(images)
-            centres = voxel_centres(points, grid_size)
-            lifted.append(lift_features(maps.float(), cameras, centres, settings.visibility, depth=surface))
+            centres, maps = voxel_centres(points, grid_size), self.maps(images)
+            lifted.append(lift_features(maps, cameras, centres, settings.visibility, depth=surface))
         return {"features": torch.stack(lifted).half().cpu().numpy(), "hue": hues, "mirrored": mirrored}
+
+    def maps(self, images: Float[Tensor, "V 3 S S"]) -> Float[Tensor, "V C h w"]:
+        """Feature maps, float32, that tile their pictures.
+
+        Cells of a network that pads (DINOv2: 14 px) would reach beyond pictures whose side is no multiple of them; such
+        pictures are resized to the side that the network was made for, as TRELLIS does with its renders.
+        """
+        side = self.extractor.image_size
+        if images.shape[-1] % (self.extractor.stride * getattr(self.extractor, "patch", 1)):
+            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return torch.cat([self.extractor(part).float() for part in images.split(_VIEWS_AT_ONCE)])
 
 
 def lift_objects(

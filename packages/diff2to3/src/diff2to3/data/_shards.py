@@ -21,6 +21,7 @@ from diff2to3._errors import InputError
 from diff2to3._progress import track
 from diff2to3.data._store import Store, file_metadata, settings_hash, tensors_hash, tool_versions, write_atomically
 
+INDEX = "index.json"
 STAGES = ("render", "voxels", "features", "latents")
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -124,7 +125,7 @@ def _collect(
 
 def _plan(samples: list[_Sample], shard_bytes: int) -> Iterator[_Shard]:
     by_split: dict[str, list[_Sample]] = {}
-    for sample in sorted(samples, key=lambda s: sha256(s.row["id"].encode()).digest()):
+    for sample in sorted(samples, key=lambda s: shard_order(s.row["id"])):
         by_split.setdefault(sample.row["split"], []).append(sample)
     for split, members in sorted(by_split.items()):
         if not re.fullmatch(r"[\w-]+", split):
@@ -143,14 +144,12 @@ def _plan(samples: list[_Sample], shard_bytes: int) -> Iterator[_Shard]:
 def _entries(out: Path) -> dict[str, dict[str, Any]]:
     """Shards by name in the index of an earlier run, whether it ended or not."""
     try:
-        entries = json.loads((out / "index.json").read_text())["shards"]
+        entries = json.loads((out / INDEX).read_text())["shards"]
         return {entry["name"]: entry for entry in entries if Path(entry["name"]).name == entry["name"]}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{out / 'index.json'} is not an index of shards ({error!r}); choose another folder"
-        ) from error
+        raise InputError(f"{out / INDEX} is not an index of shards ({error!r}); choose another folder") from error
 
 
 def _is_there(path: Path, entry: dict[str, Any] | None, plan: str) -> bool:
@@ -208,6 +207,11 @@ def _in_tar(size: int) -> int:
     return _BLOCK + -(-size // _BLOCK) * _BLOCK
 
 
+def shard_order(object_id: str) -> bytes:
+    """What objects are sorted by in shards: random, but fixed by the id."""
+    return sha256(object_id.encode()).digest()
+
+
 def sample_key(object_id: str) -> str:
     """The name of an object in a shard: WebDataset ends a key at the first dot, so a dot becomes ``%2E``."""
     return object_id.replace("/", "__").replace("%", "%25").replace(".", "%2E")
@@ -218,4 +222,4 @@ def _row_json(row: dict[str, str]) -> bytes:
 
 
 def _write_index(out: Path, index: dict[str, Any]) -> None:
-    write_atomically(out / "index.json", json.dumps(index, indent=1).encode())
+    write_atomically(out / INDEX, json.dumps(index, indent=1).encode())

@@ -8,13 +8,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diff2to3._errors import InputError
+from diff2to3.data._objects import is_packed
 
 
 class TrainConfig(BaseModel):
     """What the engine needs, and what it hands to a stage.
 
     Attributes:
-        data: data set folder (``diff2to3 data``).
+        data: data set folder (``diff2to3 data``), or the folder of its shards (``diff2to3 data pack``).
+        streaming: read a batch's objects from disk when they are due, instead of holding the split in memory on the
+            device that trains; the batches are the same. Default: for shards yes, for a data set folder no.
+        workers: threads that read ahead when streaming, up to two batches each.
         out: run folder; the trained model lands in ``out/model``.
         model: ``{preset: name, ...}`` with any field of the stage's model config overridden.
         init: model folder whose weights the training starts from; random ones without it.
@@ -36,6 +40,8 @@ class TrainConfig(BaseModel):
     init: Path | None = None
     parts: dict[str, Path] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
+    streaming: bool | None = None
+    workers: int = Field(default=4, ge=1)
     split: str = "train"
     max_objects: int | None = None
     seed: int = 0
@@ -55,6 +61,11 @@ class TrainConfig(BaseModel):
     log_every: int = Field(default=50, ge=1)
     validate_every: int = Field(default=500, ge=1)
     checkpoint_every: int = Field(default=2000, ge=1)
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether batches are read from disk when they are due."""
+        return is_packed(self.data) if self.streaming is None else self.streaming
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:

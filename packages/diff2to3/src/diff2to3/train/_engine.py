@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from pydantic import BaseModel
+from sparse_vae import SparseTensor
 from torch import Tensor, nn
 
 from diff2to3.train._checkpoint import Trained, load_state, read_weights, save_model, save_state
@@ -21,9 +23,10 @@ Batch = dict[str, Any]
 
 
 class Batches(Protocol):
-    """Item ``step`` is the whole batch of that step on the training device, a function of (seed, step) alone.
+    """Item ``step`` is the whole batch of that step, a function of (seed, step) alone.
 
-    That makes resuming trivial: the run continues with item ``step``.
+    That makes resuming trivial: the run continues with item ``step``. It is on the training device, or on the CPU when
+    it was streamed.
     """
 
     def __getitem__(self, step: int) -> Batch: ...
@@ -102,6 +105,8 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
         _validation_batch(stage, config, accelerator),
     )
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    if config.is_streaming:
+        batches = ReadAhead(batches, accelerator.device, ranks, config.workers)
     ahead = _Ahead(stage, batches, accelerator.device)
     ahead.prepare(step * ranks + rank)  # reads the data into memory, so that the clock does not count it
     started, figures = time.monotonic() - spent, {}
@@ -144,6 +149,36 @@ def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, 
         with torch.no_grad():
             save_model(config.out / "model", *stage.finish())
     return figures
+
+
+class ReadAhead:
+    """Items of batches that are read from disk, made by threads before they are asked for and moved to a device.
+
+    Args:
+        batches: make their items on the CPU.
+        device: where items are wanted.
+        stride: items are asked for in steps of it (the number of processes).
+        workers: threads; twice as many items are made ahead, which bounds the memory.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device, stride: int, workers: int) -> None:
+        self.batches, self.device, self.stride, self.depth = batches, device, stride, 2 * workers
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="read-ahead")
+        self.made: dict[int, Future[Batch]] = {}
+
+    def __getitem__(self, index: int) -> Batch:
+        due = range(index, index + self.stride * self.depth, self.stride)
+        for stale in self.made.keys() - set(due):
+            self.made.pop(stale).cancel()
+        for item in due:
+            if item not in self.made:
+                self.made[item] = self.pool.submit(self.batches.__getitem__, item)
+        return to_device(self.made.pop(index).result(), self.device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {k: v.to(device) if isinstance(v, (Tensor, SparseTensor)) else v for k, v in batch.items()}
 
 
 class _Ahead:
@@ -196,9 +231,12 @@ def _ema(decay: float):
 
 def _validation_batch(stage: Stage, config: TrainConfig, accelerator: Accelerator) -> Batch | None:
     try:
-        return stage.batches(config, "val", accelerator.device)[0]
+        batch = stage.batches(config, "val", accelerator.device)[0]
     except LookupError:  # a data set without a validation split
         return None
+    batch = to_device(batch, accelerator.device)
+    stage.prepare(batch)
+    return batch
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from diff2to3.data._augment import hue_matrix, shift_hue
-from diff2to3.train._batches import ObjectData, PictureBatches
+from diff2to3.train._batches import PictureBatches
 from diff2to3.train._config import TrainConfig
+from diff2to3.train._data import open_data
 from diff2to3.train._engine import Batch, Batches
 from diff2to3.train.stages._base import PictureStage, build_config, composite, generator_of, statistics
 
@@ -29,7 +30,7 @@ class AutoencoderStage(PictureStage):
         self.register_buffer("recent", torch.zeros(2, self.model_config.latent_channels))
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
-        return PictureBatches(ObjectData(config, split, "render", device))
+        return PictureBatches(open_data(config, split, ("render",), device))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         generator = generator_of(batch)

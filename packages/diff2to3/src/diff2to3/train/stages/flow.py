@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from diff2to3._errors import InputError
 from diff2to3._progress import track
 from diff2to3.data._augment import hue_matrix, shift_hue
-from diff2to3.train._batches import ConditionBatches, ObjectData, place
+from diff2to3.train._batches import ConditionBatches, place
 from diff2to3.train._checkpoint import read_config
 from diff2to3.train._config import TrainConfig
+from diff2to3.train._data import HeldData, open_data
 from diff2to3.train._engine import Batch, Batches
 from diff2to3.train.stages._base import PictureStage, build_config, frozen, generator_of, part
 from diff2to3.train.stages.structure_vae import dense_occupancy
@@ -82,8 +83,8 @@ class FlowStage(_FlowStage):
         self.register_buffer("std", torch.tensor(vae.latent_std))
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
-        data = ObjectData(config, split, "latents", device)
-        return ConditionBatches(data, self.model_config.grid_size, self.options.frame, latents=True)
+        data = open_data(config, split, ("render", "voxels", "features", "latents"), device)
+        return ConditionBatches(data, self.model_config.grid_size, self.options.frame, with_latents=True)
 
     def prepare(self, batch: Batch) -> None:
         rows, columns = (
@@ -123,8 +124,14 @@ class StructureFlowStage(_FlowStage):
         self.register_buffer("std", torch.tensor(vae.latent_std).view(1, -1, 1, 1, 1))
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
-        data = ObjectData(config, split, "voxels", device)
-        return _StructureBatches(ConditionBatches(data, self.vae_grid, self.options.frame, latents=False), self._encode)
+        data = open_data(config, split, ("render", "voxels"), device)
+        if isinstance(data, HeldData):
+            return _EncodedBatches(ConditionBatches(data, self.vae_grid, self.options.frame), self._encode)
+        return ConditionBatches(data, self.vae_grid, self.options.frame, with_voxels=True)
+
+    def prepare(self, batch: Batch) -> None:
+        if "latents" not in batch:
+            batch["latents"] = self._encode(batch["coords"], len(batch["hue"])).half()
 
     @torch.no_grad()
     def _encode(self, coords: Tensor, batch_size: int) -> Tensor:
@@ -150,7 +157,7 @@ class StructureFlowStage(_FlowStage):
         return self._grids[batch_size]
 
 
-class _StructureBatches:
+class _EncodedBatches:
     """Conditions with the structure ``latents`` [B, C, n, n, n] of their objects.
 
     An object has few of them, one for every quarter turn and mirror image: all are encoded once, at the start.
@@ -159,13 +166,12 @@ class _StructureBatches:
     def __init__(self, batches: ConditionBatches, encode: Callable[[Tensor, int], Tensor]) -> None:
         self.batches, data = batches, batches.data
         parts = []
-        for first in track(range(0, len(data.ids), _CHUNK), "structure latents"):
-            objects = torch.arange(first, min(first + _CHUNK, len(data.ids)))
-            batch, rows = data.coords.select(objects)
+        for first in track(range(0, len(data), _CHUNK), "structure latents"):
+            objects = torch.arange(first, min(first + _CHUNK, len(data)))
+            coords, batch = data.voxels(objects)
             for mirror, turn in product(range(2), range(4)):
-                mirrors, turns = (torch.full((len(objects),), value, device=data.device) for value in (mirror, turn))
-                coords = place(data.coords.rows[rows], batch, mirrors, turns, batches.grid_size)
-                parts.append(encode(coords, len(objects)).half())
+                mirrors, turns = (torch.full((len(objects),), value, device=batch.device) for value in (mirror, turn))
+                parts.append(encode(place(coords, batch, mirrors, turns, batches.grid_size), len(objects)).half())
             parts[-8:] = [torch.stack(parts[-8:], 1).unflatten(1, (2, 4))]
         self.table = torch.cat(parts)
 

@@ -9,8 +9,9 @@ from pydantic import BaseModel
 from sparse_vae import StructureVAE, StructureVAEConfig, dice_loss, kl_divergence
 from torch import Tensor
 
-from diff2to3.train._batches import ObjectData, OccupancyBatches
+from diff2to3.train._batches import OccupancyBatches
 from diff2to3.train._config import TrainConfig
+from diff2to3.train._data import open_data
 from diff2to3.train._engine import Batch, Batches
 from diff2to3.train.stages._base import PictureStage, build_config, generator_of, statistics
 
@@ -31,7 +32,7 @@ class StructureVAEStage(PictureStage):
         self.model = StructureVAE(self.model_config)
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
-        return OccupancyBatches(ObjectData(config, split, "voxels", device), self.model_config.grid_size)
+        return OccupancyBatches(open_data(config, split, ("voxels",), device), self.model_config.grid_size)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         occupancy = dense_occupancy(batch["coords"], batch["batch_size"], self.model_config.grid_size)

@@ -9,9 +9,10 @@ from sparse_vae import SparseVAE, SparseVAEConfig, VAELossConfig, vae_loss
 from torch import Tensor
 
 from diff2to3.data._augment import hue_matrix, shift_hue
-from diff2to3.train._batches import ObjectData, ViewBatches
+from diff2to3.train._batches import ViewBatches
 from diff2to3.train._checkpoint import read_config, read_weights
 from diff2to3.train._config import TrainConfig
+from diff2to3.train._data import open_data
 from diff2to3.train._engine import Batch, Batches
 from diff2to3.train.stages._base import PictureStage, build_config, composite, generator_of
 
@@ -36,7 +37,9 @@ class VAEStage(PictureStage):
             self.model.encoder.requires_grad_(False)
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
-        return ViewBatches(ObjectData(config, split, "features", device), self.model_config.grid_size)
+        return ViewBatches(
+            open_data(config, split, ("render", "voxels", "features"), device), self.model_config.grid_size
+        )
 
     def prepare(self, batch: Batch) -> None:
         for half in (self.model.encoder, self.model.decoder):
