@@ -9,8 +9,9 @@ bytes cut, repeated or overwritten, numbers and names replaced by hostile ones. 
 ValueError of one line; anything else counts as a crash. The process that reads them may open no file outside the
 asset's folder.
 voxels: objects of a folder, drawn at random, by both rules, one thread; of three rounds in turns the best.
-renderers: the same by every mesh renderer that works here: views a second of two processes, as `data render
---workers 2` has them, and how far the pictures differ. Blender draws two of the objects.
+renderers: the same by every mesh renderer that works here: pictures with depth that two processes draw in a second, as
+`data render --workers 2` has them, the time that a core takes for one (which other work on the machine disturbs less),
+and how far the pictures differ. Blender draws two of the objects.
 `--write` replaces a part's section in a results file.
 """
 
@@ -178,40 +179,57 @@ def voxels(assets: Path, count: int, seed: int) -> list[str]:
 
 
 def drawing(name: str, config: dict[str, Any], paths: list[Path], size: int, views: int, pipe: Any) -> None:
-    """A process of the benchmark of renderers: one picture to get ready, then all when it is told to."""
+    """A process of the benchmark of renderers: one picture to get ready, then all whenever it is told to."""
     renderer = build(MESH_RENDERER, name, config)
     cameras = sphere_views(views, size, np.random.default_rng(0))
     meshes = [load_mesh(path) for path in paths]
     renderer(meshes[0], cameras.world_to_camera[:1], cameras.intrinsics[:1], size)
-    pipe.send("ready")
+    pipe.send(0.0)
     while pipe.recv():
+        start = time.process_time()
         for mesh in meshes:
             renderer(mesh, cameras.world_to_camera, cameras.intrinsics, size)
-        pipe.send("done")
+        pipe.send(time.process_time() - start)
 
 
-def views_a_second(name: str, config: dict[str, Any], paths: list[Path], size: int, views: int, rounds: int) -> float:
-    """Pictures with depth that two processes draw in a second, half of the objects each; the best round."""
-    context, started = get_context("spawn"), []
-    for share in (paths[::2], paths[1::2]):
-        here, there = context.Pipe()
-        process = context.Process(target=drawing, args=(name, config, share, size, views, there), daemon=True)
-        process.start()
-        started.append((process, here))
-    for _, pipe in started:
-        pipe.recv()
-    best = np.inf
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _, pipe in started:
-            pipe.send(True)
-        for _, pipe in started:
+class Pair:
+    """Two processes that draw half of the objects each; best round so far, in seconds and in seconds of a core."""
+
+    def __init__(self, name: str, config: dict[str, Any], paths: list[Path], size: int, views: int) -> None:
+        context, self.pictures, self.processes = get_context("spawn"), len(paths) * views, []
+        self.seconds = self.core_seconds = float("inf")
+        for share in (paths[::2], paths[1::2]):
+            here, there = context.Pipe()
+            process = context.Process(target=drawing, args=(name, config, share, size, views, there), daemon=True)
+            process.start()
+            self.processes.append((process, here))
+        for _, pipe in self.processes:
             pipe.recv()
-        best = min(best, time.perf_counter() - start)
-    for process, pipe in started:
-        pipe.send(False)
-        process.join()
-    return len(paths) * views / best
+
+    def draw(self) -> None:
+        """A round."""
+        start = time.perf_counter()
+        for _, pipe in self.processes:
+            pipe.send(True)
+        spent = sum(pipe.recv() for _, pipe in self.processes)
+        self.seconds = min(self.seconds, time.perf_counter() - start)
+        self.core_seconds = min(self.core_seconds, spent)
+
+    def end(self) -> None:
+        for process, pipe in self.processes:
+            pipe.send(False)
+            process.join()
+
+
+def speeds(kinds: dict[str, Any], paths: list[Path], size: int, views: int, rounds: int) -> dict[str, str]:
+    """Two cells by renderer. They take turns, so that what else the machine does is fair to all."""
+    pairs = {kind: Pair(*named, paths, size, views) for kind, named in kinds.items()}
+    for _ in range(rounds):
+        for pair in pairs.values():
+            pair.draw()
+    for pair in pairs.values():
+        pair.end()
+    return {k: f"{p.pictures / p.seconds:.3g} | {1000 * p.core_seconds / p.pictures:,.3g} ms" for k, p in pairs.items()}
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
@@ -241,11 +259,12 @@ def renderers(assets: Path, count: int, seed: int) -> list[str]:
     if "gl" in opened:
         info = opened["gl"].context.info["GL_RENDERER"]  # type: ignore[attr-defined]
         notes.append(f"OpenGL: {info}, {opened['gl'].samples} samples a pixel.")  # type: ignore[attr-defined]
-    rows = ["| renderer | views a second at 256^2 | at 512^2 |", "|---|---|---|"]
-    for kind in opened:
-        share = paths[:2] if kind.startswith("blender") else paths
-        speeds = [views_a_second(*kinds[kind], share, size, 4, 2 if len(share) == 2 else 4) for size in (256, 512)]
-        rows.append(f"| {kind} | {speeds[0]:.1f} | {speeds[1]:.1f} |")
+    rows = ["| renderer | 256^2: views a second | core time a view | 512^2: views a second | core time a view |"]
+    rows.append("|---|---|---|---|---|")
+    fast = {kind: kinds[kind] for kind in opened if not kind.startswith("blender")}
+    slow = {kind: kinds[kind] for kind in opened if kind not in fast}
+    small, large = (speeds(fast, paths, side, 16, 5) | speeds(slow, paths[:2], side, 1, 2) for side in (256, 512))
+    rows += [f"| {kind} | {small[kind]} | {large[kind]} |" for kind in opened]
     rows += [
         "",
         "| pictures of 256^2 | objects | mean PSNR | least | mean silhouette IoU | least |",

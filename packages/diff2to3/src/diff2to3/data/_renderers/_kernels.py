@@ -90,6 +90,18 @@ def _texel(texels, first, width, height, u, v):
 
 
 @_compiled
+def _step(levels, attributes, x, y):
+    """Square of how far a texture moves from a sample to the next, in texels, by the derivative of the quotients."""
+    uu, vv, ones = attributes[0], attributes[1], attributes[6]
+    scale = 1 / (ones[0] * x + ones[1] * y + ones[2])
+    u, v = (uu[0] * x + uu[1] * y + uu[2]) * scale, (vv[0] * x + vv[1] * y + vv[2]) * scale
+    width, height = levels[0, 1] * scale, levels[0, 2] * scale
+    across = ((uu[0] - u * ones[0]) * width) ** 2 + ((vv[0] - v * ones[0]) * height) ** 2
+    along = ((uu[1] - u * ones[1]) * width) ** 2 + ((vv[1] - v * ones[1]) * height) ** 2
+    return max(across, along)
+
+
+@_compiled
 def _color(surface, attributes, x, y):
     """Texture times vertex colour, (r, g, b, a) of 0 to 255, at a sample of a triangle."""
     texels, smaller, levels = surface[3], surface[4], surface[5]
@@ -99,11 +111,7 @@ def _color(surface, attributes, x, y):
         r, g, b, a = texels[0, 0] * 1.0, texels[0, 1] * 1.0, texels[0, 2] * 1.0, texels[0, 3] * 1.0
     else:
         u, v = (uu[0] * x + uu[1] * y + uu[2]) * scale, (vv[0] * x + vv[1] * y + vv[2]) * scale
-        # How far the texture moves from this sample to the next, in texels: the derivative of the quotient.
-        width, height = levels[0, 1] * scale, levels[0, 2] * scale
-        across = ((uu[0] - u * ones[0]) * width) ** 2 + ((vv[0] - v * ones[0]) * height) ** 2
-        along = ((uu[1] - u * ones[1]) * width) ** 2 + ((vv[1] - v * ones[1]) * height) ** 2
-        square = max(across, along)
+        square = _step(levels, attributes, x, y)
         level = min(0.5 * np.log2(square), len(levels) - 1.0) if square > 1 else 0.0
         lower = int(level)
         part = level - lower
@@ -200,8 +208,21 @@ def draw(points, surface, has_holes, near, first_id, nearest, owner):
 
 
 @_compiled
+def _one_owner(owner, row, column, samples):
+    """The triangle of all samples of a pixel, or -1."""
+    first = owner[row * samples, column * samples]
+    for y in range(row * samples, (row + 1) * samples):
+        for x in range(column * samples, (column + 1) * samples):
+            if owner[y, x] != first:
+                return -1
+    return first
+
+
+@_compiled
 def shade(points, surface, box, first_id, owner, samples, total):
     """Adds the colours of a surface's samples, 0 to 255, to its pixels.
+
+    A pixel inside one triangle on which the texture moves by less than half a texel has one colour, that of its middle.
 
     Args:
         box: what `draw` returned.
@@ -209,24 +230,39 @@ def shade(points, surface, box, first_id, owner, samples, total):
         samples: along a side of a pixel.
         total: float32 [H / samples, W / samples, 3]; changed in place.
     """
-    faces = surface[0]
+    faces, levels = surface[0], surface[5]
     first_x, first_y, end_x, end_y = box
     last = -1
     attributes = _attributes(surface, faces[0], _ZERO, _ZERO, _ZERO)
-    for y in range(first_y, end_y):
-        for x in range(first_x, end_x):
-            f = owner[y, x] - first_id
-            if f < 0 or f >= len(faces):
-                continue
-            if f != last:
-                e0, e1, e2, _ = _triangle(points, faces[f])
-                attributes = _attributes(surface, faces[f], e0, e1, e2)
-                last = f
-            r, g, b, _ = _color(surface, attributes, x, y)
-            pixel = total[y // samples, x // samples]
-            pixel[0] += r
-            pixel[1] += g
-            pixel[2] += b
+    for row in range(first_y // samples, -(-end_y // samples)):
+        for column in range(first_x // samples, -(-end_x // samples)):
+            first, step = _one_owner(owner, row, column, samples) - first_id, 1
+            offset = 0.0
+            if first >= 0 and first < len(faces):
+                if first != last:
+                    e0, e1, e2, _ = _triangle(points, faces[first])
+                    attributes = _attributes(surface, faces[first], e0, e1, e2)
+                    last = first
+                middle = (samples - 1) / 2
+                moves = 0.0
+                if len(levels) > 1:
+                    moves = _step(levels, attributes, column * samples + middle, row * samples + middle)
+                if moves * samples * samples < 0.25:
+                    step, offset = samples, middle
+            for y in range(row * samples, (row + 1) * samples, step):
+                for x in range(column * samples, (column + 1) * samples, step):
+                    f = owner[y, x] - first_id
+                    if f < 0 or f >= len(faces):
+                        continue
+                    if f != last:
+                        e0, e1, e2, _ = _triangle(points, faces[f])
+                        attributes = _attributes(surface, faces[f], e0, e1, e2)
+                        last = f
+                    r, g, b, _ = _color(surface, attributes, x + offset, y + offset)
+                    pixel = total[row, column]
+                    pixel[0] += r * (step * step)
+                    pixel[1] += g * (step * step)
+                    pixel[2] += b * (step * step)
 
 
 @_compiled

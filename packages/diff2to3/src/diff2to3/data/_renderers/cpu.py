@@ -44,10 +44,8 @@ class CpuMeshRenderer:
         self, mesh: Mesh, world_to_camera: np.ndarray, intrinsics: np.ndarray, size: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Pictures and depth of a mesh: the role ``mesh_renderer``."""
-        surfaces, samples = _surfaces(mesh), self.config.samples
-        images = np.empty((len(world_to_camera), size, size, 4), np.uint8)
-        for image, pose, matrix in zip(images, world_to_camera, intrinsics, strict=True):
-            _picture(surfaces, matrix @ pose[:3], samples, image)
+        surfaces = _surfaces(mesh)
+        images = _pictures(surfaces, world_to_camera, intrinsics, size, self.config.samples)
         return images, _depths(surfaces, world_to_camera, intrinsics, size)
 
 
@@ -95,42 +93,55 @@ def _pyramid(texture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(copies), np.array(levels, np.int64)
 
 
-def _drawn(
-    surfaces: list[_Surface], projection: np.ndarray, size: int, step: float
-) -> tuple[list[Any], np.ndarray, np.ndarray]:
-    """Homogeneous sample coordinates and box of every surface, and the two buffers of the kernel `draw`.
+class _Buffers:
+    """The nearest triangle at every sample of a square: 1 / depth and number, as the kernel `draw` takes them.
 
     Args:
-        projection: world to homogeneous pixels [3, 4].
         size: samples along a side.
-        step: pixels from one sample to the next, the first half of one inside the picture.
+        step: pixels from one sample to the next; the first is half a step inside the picture.
     """
-    to_samples = np.array([[1 / step, 0, -0.5], [0, 1 / step, -0.5], [0, 0, 1]]) @ projection
-    nearest, owner = np.zeros((size, size), np.float32), np.full((size, size), -1, np.int32)
-    placed, first_id = [], 0
-    for surface in surfaces:
-        points = surface.vertices @ to_samples[:, :3].T + to_samples[:, 3]
-        box = draw(points, surface.arrays, surface.has_holes, _NEAR, first_id, nearest, owner)
-        placed.append((points, box, first_id))
-        first_id += len(surface.arrays[0])
-    return placed, nearest, owner
+
+    def __init__(self, size: int, step: float) -> None:
+        self.nearest, self.owner = np.empty((size, size), np.float32), np.empty((size, size), np.int32)
+        self.to_samples = np.array([[1 / step, 0, -0.5], [0, 1 / step, -0.5], [0, 0, 1]])
+
+    def draw(self, surfaces: list[_Surface], projection: np.ndarray) -> list[tuple[np.ndarray, Any, int]]:
+        """Fills them; returns every surface's homogeneous sample coordinates, box, and number of its first triangle.
+
+        Args:
+            projection: world to homogeneous pixels [3, 4].
+        """
+        self.nearest[:], self.owner[:] = 0, -1
+        matrix = self.to_samples @ projection
+        placed, first_id = [], 0
+        for surface in surfaces:
+            points = surface.vertices @ matrix[:, :3].T + matrix[:, 3]
+            box = draw(points, surface.arrays, surface.has_holes, _NEAR, first_id, self.nearest, self.owner)
+            placed.append((points, box, first_id))
+            first_id += len(surface.arrays[0])
+        return placed
 
 
-def _picture(surfaces: list[_Surface], projection: np.ndarray, samples: int, image: np.ndarray) -> None:
-    """Fills an RGBA picture, uint8 [S, S, 4] with straight alpha."""
-    size = len(image)
-    placed, _, owner = _drawn(surfaces, projection, size * samples, 1 / samples)
-    total = np.zeros((size, size, 3), np.float32)
-    for surface, (points, box, first_id) in zip(surfaces, placed, strict=True):
-        shade(points, surface.arrays, box, first_id, owner, samples, total)
-    resolve(owner, samples, total, image)
+def _pictures(
+    surfaces: list[_Surface], world_to_camera: np.ndarray, intrinsics: np.ndarray, size: int, samples: int
+) -> np.ndarray:
+    """RGBA uint8 [V, size, size, 4], straight alpha."""
+    images = np.empty((len(world_to_camera), size, size, 4), np.uint8)
+    buffers, total = _Buffers(size * samples, 1 / samples), np.empty((size, size, 3), np.float32)
+    for image, pose, matrix in zip(images, world_to_camera, intrinsics, strict=True):
+        placed = buffers.draw(surfaces, matrix @ pose[:3])
+        total[:] = 0
+        for surface, (points, box, first_id) in zip(surfaces, placed, strict=True):
+            shade(points, surface.arrays, box, first_id, buffers.owner, samples, total)
+        resolve(buffers.owner, samples, total, image)
+    return images
 
 
 def _depths(surfaces: list[_Surface], world_to_camera: np.ndarray, intrinsics: np.ndarray, size: int) -> np.ndarray:
     """float32 [V, size / 4, size / 4]: depth at the centre of each 4 x 4 pixels, ``inf`` where there is nothing."""
     side = size // _DEPTH_STEP
-    depths = np.empty((len(world_to_camera), side, side), np.float32)
+    depths, buffers = np.empty((len(world_to_camera), side, side), np.float32), _Buffers(side, _DEPTH_STEP)
     for depth, pose, matrix in zip(depths, world_to_camera, intrinsics, strict=True):
-        _, nearest, _ = _drawn(surfaces, matrix @ pose[:3], side, _DEPTH_STEP)
-        depth[:] = np.where(nearest > 0, 1 / np.maximum(nearest, 1e-30), np.inf)
+        buffers.draw(surfaces, matrix @ pose[:3])
+        depth[:] = np.where(buffers.nearest > 0, 1 / np.maximum(buffers.nearest, 1e-30), np.inf)
     return depths
