@@ -134,8 +134,14 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def test_tiles_grow_as_rows_shrink():
-    topology = Topology.full(1, 16)
-    pairs = _neighbour_map(topology, 3).pairs
-    sizes = [pairs.tile_rows(4 * width) for width in (16, 64, 512, 4096)]
-    assert sizes == [32 * 1024, 8 * 1024, 2 * 1024, 2 * 1024]
+@pytest.mark.parametrize(("width", "size"), [(16, 32), (64, 8), (512, 2), (4096, 2)])
+def test_tiles_shrink_as_rows_grow_and_are_about_equal(width, size):
+    """`size` blocks are 2 MB, or two; up to half as much more rather than a small rest."""
+    for num_outputs in (0, 1, 1024, 5000, 12_289, 100_000):
+        pairs = cpu_conv.RowPairs((), (), num_outputs, None)
+        tile_rows, num_blocks = pairs.tile_rows(4 * width), -(-num_outputs // 1024)
+        assert tile_rows <= 1.5 * size * 1024
+        tiles = [rows for rows, _ in pairs.tiles(tile_rows)]
+        assert sum(min(rows.stop, num_outputs) - rows.start for rows in tiles) == num_outputs
+        assert len(tiles) <= max(1, num_blocks / size + 1)
+        assert all(rows.stop - rows.start == tile_rows for rows in tiles)

@@ -49,8 +49,10 @@ class RowPairs:
         return cls(tuple(rows), tuple(cuts), num_outputs, identity)
 
     def tile_rows(self, row_bytes: int) -> int:
-        """Output rows of a tile: at least two blocks."""
-        return BLOCK * max(2, TILE_BYTES // (BLOCK * row_bytes))
+        """Output rows of a tile: whole blocks, about `TILE_BYTES` but at least two blocks, all tiles about equal."""
+        num_blocks = -(-self.num_outputs // BLOCK)
+        num_tiles = max(1, round(num_blocks / max(2, TILE_BYTES // (BLOCK * row_bytes))))
+        return BLOCK * -(-num_blocks // num_tiles)
 
     def tiles(self, tile_rows: int) -> Iterator[tuple[slice, list[tuple[int, Tensor, Tensor]]]]:
         """For one tile after another its output rows and, offset by offset, (offset, input rows, output rows).
@@ -58,7 +60,7 @@ class RowPairs:
         The identity offset is left out: its input rows are the output rows.
         """
         step = tile_rows // BLOCK
-        for first in range(0, -(-self.num_outputs // BLOCK), step):
+        for first in range(0, -(-self.num_outputs // BLOCK), max(1, step)):
             pieces = []
             for k, (rows, cuts) in enumerate(zip(self.rows, self.cuts, strict=True)):
                 begin, end = cuts[first], cuts[min(first + step, len(cuts) - 1)]
