@@ -22,7 +22,7 @@ from diff2to3.data._augment import hue_matrix, mirror_cameras, mirror_coords, sh
 from diff2to3.data._run import Workers, run_stage
 from diff2to3.data._store import Store, decode_png
 
-_VIEWS_AT_ONCE = 8  # what an H200 encodes fastest with FLUX's network at 512^2; bounds the memory
+_VIEWS_AT_ONCE = 8  # bounds the memory; what docs/scale.md counts with
 
 
 class FeatureSettings(BaseModel):
