@@ -5,14 +5,18 @@
 Voxels, noise and picture are the same for all. "Converged" is the multistep solver with many more steps than the table.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent]  # holds smdit.py
 
 import torch
 from diff2to3 import Pipeline

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent]  # holds smdit.py
+
 PICTURE = Path(__file__).parents[1] / "examples" / "chair.png"
 
 
