@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Num
 from marope import AxialRoPE, RotaryTable, norm_rotary
-from sparse_vae import AttentionLayout, attention
+from sparse_vae import AttentionLayout, MultiHeadRMSNorm, attention
 from torch import Tensor, nn
 
 from smdit._modulation import Modulation, ModulationBias, gated, modulated_norm
@@ -116,11 +116,20 @@ def position_heads(
     table: RotaryTable | None,
 ) -> tuple[Float[Tensor, "R H D"], Float[Tensor, "R H D"]]:
     """Queries and keys normalised, unless the norms are identities, then rotated, where there is a rotary embedding."""
-    table = None if rope is None else table
-    if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
-        interleaved = rope is None or rope.interleaved
-        return norm_rotary(q, k, table, q_norm.weight, k_norm.weight, eps=q_norm.eps, interleaved=interleaved)
-    return (q, k) if rope is None or table is None else rope.rotate(q, k, table)
+    if rope is None:
+        table = None
+    if isinstance(q_norm, nn.Identity):
+        return (q, k) if rope is None or table is None else rope.rotate(q, k, table)
+    (q_weight, eps), (k_weight, _) = _norm_options(q_norm), _norm_options(k_norm)
+    return norm_rotary(q, k, table, q_weight, k_weight, eps=eps, interleaved=rope is None or rope.interleaved)
+
+
+def _norm_options(norm: nn.Module) -> tuple[Tensor, float]:
+    """Weight and epsilon of a norm over a head's channels, as `norm_rotary` takes them."""
+    if isinstance(norm, MultiHeadRMSNorm):  # it divides by the norm, at least 1e-12: next to no epsilon
+        return norm.gamma, 1e-24
+    assert isinstance(norm, RMSNorm)
+    return norm.weight, norm.eps
 
 
 def mlp(width: int, ratio: float) -> nn.Sequential:

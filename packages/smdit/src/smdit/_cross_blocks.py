@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from marope import AxialRoPE, RotaryTable, norm_rotary
+from marope import AxialRoPE, RotaryTable
 from sparse_vae import AttentionLayout, LayerNorm32, MultiHeadRMSNorm, attention
 from torch import Tensor, nn
 
-from smdit._blocks import mlp
+from smdit._blocks import mlp, position_heads
 from smdit._modulation import Modulation, ModulationBias, affine_norm, gated, modulated_norm
 from smdit._rows import Rows
 
@@ -61,19 +61,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "R C"], tokens: CrossTokens, rope: AxialRoPE | None) -> Float[Tensor, "R C"]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        q, k = self._position(q, k, rope, tokens.table)
+        q, k = position_heads(q, k, self.q_norm, self.k_norm, rope, tokens.table)
         return self.out(attention(q, k, v, tokens.layout).flatten(-2))
-
-    def _position(
-        self, q: Tensor, k: Tensor, rope: AxialRoPE | None, table: RotaryTable | None
-    ) -> tuple[Tensor, Tensor]:
-        table = None if rope is None else table
-        if isinstance(self.q_norm, MultiHeadRMSNorm) and isinstance(self.k_norm, MultiHeadRMSNorm):
-            # Its division by the norm, at least 1e-12, is a root mean square with next to no epsilon.
-            interleaved = rope is None or rope.interleaved
-            weights = self.q_norm.gamma, self.k_norm.gamma
-            return norm_rotary(q, k, table, *weights, eps=1e-24, interleaved=interleaved)
-        return (q, k) if rope is None or table is None else rope.rotate(q, k, table)
 
 
 class CrossAttention(nn.Module):
