@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from sparse_vae import read_trellis
+from sparse_vae import explaining_trellis, read_trellis
 from torch import Tensor
 
 from smdit._config import CrossDiTConfig, StructureDiTConfig
@@ -78,14 +78,8 @@ def load_trellis(path: str | os.PathLike[str]) -> CrossDiT | StructureDiT:
     name = str(description["name"]).removeprefix("Elastic")
     if name not in loaders:
         raise ValueError(f"{path} is {description['name']!r}, expected one of {', '.join(loaders)}")
-    try:
+    with explaining_trellis(path, name):
         model = loaders[name](description["args"], tensors)
-    except KeyError as error:
-        raise ValueError(f"{path}: the arguments of {name} lack {error}") from error
-    except TypeError as error:
-        raise ValueError(f"{path}: the arguments of {name} are of the wrong type: {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit the description beside them: {error}") from error
     return model.eval()
 
 

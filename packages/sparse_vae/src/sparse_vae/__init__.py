@@ -40,6 +40,7 @@ from sparse_vae._structure import unpatchify as unpatchify
 from sparse_vae._tensor import SparseTensor as SparseTensor
 from sparse_vae._topology import Coarsening as Coarsening
 from sparse_vae._topology import Topology as Topology
+from sparse_vae._trellis import explaining_trellis as explaining_trellis
 from sparse_vae._trellis import from_trellis_config as from_trellis_config
 from sparse_vae._trellis import from_trellis_state_dict as from_trellis_state_dict
 from sparse_vae._trellis import load_trellis as load_trellis

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,28 @@ def load_trellis(path: str | os.PathLike[str], grid_size: int = 64) -> TrellisMo
             not fit.
     """
     description, tensors = read_trellis(path)
-    try:
+    with explaining_trellis(path, description["name"]):
         model = from_trellis_config(description, grid_size)
         model.load_state_dict(from_trellis_state_dict(description, tensors))
+    return model.eval()
+
+
+@contextmanager
+def explaining_trellis(path: str | os.PathLike[str], name: str) -> Iterator[None]:
+    """Turns what goes wrong while a model is built from a checkpoint into a ValueError that says so.
+
+    Args:
+        path: of the checkpoint.
+        name: of the model's class.
+    """
+    try:
+        yield
     except KeyError as error:
-        raise ValueError(f"{path}: the arguments of {description['name']} lack {error}") from error
+        raise ValueError(f"{path}: the arguments of {name} lack {error}") from error
     except TypeError as error:
-        raise ValueError(f"{path}: the arguments of {description['name']} are of the wrong type: {error}") from error
+        raise ValueError(f"{path}: the arguments of {name} are of the wrong type: {error}") from error
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not fit the description beside them: {error}") from error
-    return model.eval()
 
 
 def trellis_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
