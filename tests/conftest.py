@@ -1,5 +1,8 @@
 """Options and fixtures of the whole test suite."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,31 @@ def golden_dir(request):
     if not folder.is_dir():
         pytest.skip(f"NO GOLDEN DATA: {folder} does not exist; give its place with --golden DIR")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small are slower on several threads, worst on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def interpret():
+    """Runs a test file as a script in Triton's interpreter, which must be chosen before Triton is imported."""
+    pytest.importorskip("triton", reason="NOT TESTED: Triton is not installed")
+
+    def run(file):
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True, timeout=250)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "all interpreted cases agree" in result.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Our own components keep the contracts that `diff2to3.testing` ships for everybody's."""
 
 import pytest
-import torch
 from diff2to3 import Pipeline
 from diff2to3._matting import BorderMatting, BorderMattingConfig
 from diff2to3.testing import (
@@ -15,14 +14,7 @@ from diff2to3.testing import (
 )
 from gs_render import CpuRenderer, RendererConfig, TorchRenderer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

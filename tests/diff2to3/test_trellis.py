@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from sparse_vae import SparseTensor, Topology
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GRID, CONDITION = 16, 32
 SAMPLER = {
@@ -202,15 +203,6 @@ def write_dino(folder, width):
             parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

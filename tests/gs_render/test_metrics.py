@@ -15,12 +15,7 @@ WEIGHTS = Path(__file__).resolve().parents[3] / "shared" / "weights"
 FILES = {"vgg": "lpips_vgg16_fp16.safetensors", "alex": "lpips_alexnet.safetensors"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(*shape, seed=0, noise=0.1, dtype=torch.float32):

@@ -4,10 +4,6 @@ The interpreter must be chosen before Triton is imported, so those cases run in 
 file started as a script.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from marope import kernel_backend
@@ -79,12 +75,8 @@ def interpreted_cases() -> None:
     print("all interpreted cases agree")
 
 
-def test_in_the_interpreter():
-    pytest.importorskip("triton", reason="NOT TESTED: Triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=250)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "all interpreted cases agree" in result.stdout
+def test_in_the_interpreter(interpret):
+    interpret(__file__)
 
 
 @pytest.mark.gpu
