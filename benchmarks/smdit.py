@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from _report import Report, shells, table
+
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent]  # it has our name
 
 import torch
@@ -77,18 +79,11 @@ class Recorder(TorchDispatchMode):
 
 
 def surface(count: int, grid_size: int) -> torch.Tensor:
-    """`count` voxels [count, 3] of concentric spherical shells, so thick that they fill as many tokens as objects do.
+    """Voxels of shells so thick that they fill as many tokens as surfaces of objects do.
 
     20,000 voxels of a 64^3 grid then make 4.3k tokens, 10,000 make 2.4k.
     """
-    voxels = torch.cartesian_prod(*[torch.arange(grid_size)] * 3)
-    distance = (voxels - (grid_size - 1) / 2).square().sum(dim=1).sqrt()
-    thickness = 2.2 if count > 15_000 else 1.6
-    shells = [(distance - radius).abs() < thickness / 2 for radius in range(grid_size // 2 - 2, 2, -4)]
-    rows = torch.cat([voxels[shell] for shell in shells])
-    if len(rows) < count:
-        raise ValueError(f"a grid of {grid_size} holds {len(rows)} such voxels, not {count}")
-    return rows[:count]
+    return shells(count, grid_size, thickness=2.2 if count > 15_000 else 1.6, innermost=2)
 
 
 def inputs(config: SMDiTConfig, count: int, side: int, batch_size: int, device: str):
@@ -305,24 +300,6 @@ def training_rows(config: SMDiTConfig, count: int, side: int, repeats: int, comp
         taken = timed({"step": step}, "cuda", repeats)["step"]
         rows.append([name, f"{count:,}", f"{taken:.1f}", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"])
     return rows
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-class Report:
-    """Parts of a report, printed and written as they come, so that a run that is cut leaves what it has measured."""
-
-    def __init__(self, out: Path | None) -> None:
-        self.out, self.parts = out, []
-
-    def add(self, part: str) -> None:
-        print(part, end="\n\n", flush=True)
-        self.parts.append(part)
-        if self.out:
-            self.out.write_text("\n\n".join(self.parts) + "\n")
 
 
 def environment(device: str) -> str:

@@ -24,24 +24,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _report import Report, shells, table
 from sparse_vae import SparseConv3d, SparseTensor, SparseVAE, SparseVAEConfig, Topology, convolution_backend
 
 PEERS = {"spconv": "spconv.pytorch", "spconv-triton": "spconv_triton.pytorch"}
 
 
-def surface(count: int, grid_size: int) -> torch.Tensor:
-    """`count` voxels [count, 3] of concentric spherical shells."""
-    voxels = torch.cartesian_prod(*[torch.arange(grid_size)] * 3)
-    distance = (voxels - (grid_size - 1) / 2).square().sum(dim=1).sqrt()
-    shells = [(distance - radius).abs() < 0.5 for radius in range(grid_size // 2 - 2, 4, -4)]
-    rows = torch.cat([voxels[shell] for shell in shells])
-    if len(rows) < count:
-        raise ValueError(f"a grid of {grid_size} holds {len(rows)} such voxels, not {count}")
-    return rows[:count]
-
-
 def scene(num_objects: int, count: int, grid_size: int, device: str) -> Topology:
-    topology, _ = Topology.from_coords([surface(count, grid_size)] * num_objects, grid_size)
+    topology, _ = Topology.from_coords([shells(count, grid_size)] * num_objects, grid_size)
     return topology.to(device)
 
 
@@ -214,18 +204,13 @@ def training_rows(lpips: Path | None, repeats: int) -> list[list[str]]:
 
 
 def topology_rows(device: str, repeats: int) -> list[list[str]]:
-    coords = [surface(2_500, 32).to(device)] * 32
+    coords = [shells(2_500, 32).to(device)] * 32
 
     def build() -> None:
         topology, _ = Topology.from_coords(coords, 32)
         topology.windows(8, 0), topology.windows(8, 4), topology.neighbours(), topology.coarser()
 
     return [["32 x 2,500", f"{timed({'build': build}, device, repeats)['build']:.2f}"]]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def environment(device: str) -> str:
@@ -257,12 +242,9 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = torch.float16 if device == "cuda" else torch.float32
     count, widths = (20_000, [128, 512, 1024]) if device == "cuda" else (5_000, [64, 128, 256, 512])
-    shown: list[str] = []
+    shown = Report(arguments.out)
     for part in report(device, dtype, count, widths, arguments.lpips, repeats):
-        print(part, end="\n\n", flush=True)  # as it comes, so that a run that is cut leaves what it has measured
-        shown.append(part)
-        if arguments.out:
-            arguments.out.write_text("\n\n".join(shown) + "\n")
+        shown.add(part)
 
 
 def report(
