@@ -16,10 +16,6 @@ import click
 from diff2to3._errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
-    from diff2to3.data._extractor import ExtractorChoice
-    from diff2to3.data._feature_stage import Encoding, FeatureSettings, Lifting
     from diff2to3.data._run import Workers
     from diff2to3.data._store import Store
 
@@ -243,12 +239,13 @@ def features(
     """Lift picture features onto voxels, for every object of the data set OUT."""
     from diff2to3.data._extractor import ExtractorChoice
     from diff2to3.data._feature_stage import FeatureSettings, lift_objects
+    from diff2to3.data._models import load_lifting
 
     store, ids = _shard(out, "voxels", shard)
     settings = FeatureSettings(num_views=views, num_variants=variants, visibility=visibility)
     local = Path(extractor).exists()  # workers on other machines start in another folder
     choice = ExtractorChoice(source=str(Path(extractor).resolve()) if local else extractor, **weights)
-    model = _model_work(engine, workers, _load_lifting, choice, device, store, settings, grid_size)
+    model = _model_work(engine, workers, load_lifting, choice, device, store, settings, grid_size)
     with model as (work, digest, processes):
         failures = lift_objects(work, store, ids, settings, digest, grid_size, processes)
     _report("features", len(ids), failures)
@@ -268,11 +265,12 @@ def latents(out: Path, vae: Path, device: str | None, shard: str, workers: int |
     from sparse_vae import SparseVAEConfig
 
     from diff2to3.data._feature_stage import encode_objects, latent_statistics
+    from diff2to3.data._models import load_encoding
     from diff2to3.data._store import write_atomically
     from diff2to3.train._checkpoint import read_config
 
     store, ids = _shard(out, "features", shard)
-    with _model_work(engine, workers, _load_encoding, vae.resolve(), device, store) as (work, digest, processes):
+    with _model_work(engine, workers, load_encoding, vae.resolve(), device, store) as (work, digest, processes):
         failures = encode_objects(work, store, ids, digest, processes)
     _report("latents", len(ids), failures)
     done = [i for i in ids if i not in failures]
@@ -364,42 +362,6 @@ def _shard(out: Path, needs: str, shard: str) -> tuple[Store, list[str]]:
     if not ids:
         raise InputError(f"{out}: no object has the stage {needs!r} yet; run `diff2to3 data` for it first")
     return store, ids[index::count]
-
-
-def _load_lifting(
-    choice: ExtractorChoice, device: str | None, store: Store, settings: FeatureSettings, grid_size: int
-) -> tuple[Lifting, str]:
-    """The work of stage ``features``, and the hash of its weights."""
-    from diff2to3._store import state_sha256
-    from diff2to3.data._extractor import open_extractor
-    from diff2to3.data._feature_stage import Lifting
-
-    model: Any = open_extractor(choice)
-    digest, place = str(state_sha256(model)), _device(device)
-    return Lifting(model.to(place) if hasattr(model, "to") else model, store, settings, grid_size, place), digest
-
-
-def _load_encoding(vae: Path, device: str | None, store: Store) -> tuple[Encoding, str]:
-    """The work of stage ``latents``, and the hash of its weights."""
-    from sparse_vae import SparseVAE, SparseVAEConfig
-
-    from diff2to3._store import state_sha256
-    from diff2to3.data._feature_stage import Encoding
-    from diff2to3.train._checkpoint import read_config, read_weights
-
-    try:
-        model = SparseVAE(read_config(vae, SparseVAEConfig))
-        model.load_state_dict(read_weights(vae))
-    except (ValueError, RuntimeError) as error:  # torch reports missing and unexpected weights as RuntimeError
-        raise InputError(f"{vae}: {error}") from error
-    digest = str(state_sha256(model))
-    return Encoding(model.to(_device(device)).eval(), store), digest
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextmanager

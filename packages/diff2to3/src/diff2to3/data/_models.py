@@ -1,0 +1,40 @@
+"""Models that the stages ``features`` and ``latents`` run, loaded here or by a worker on another machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from sparse_vae import SparseVAE, SparseVAEConfig
+
+from diff2to3._errors import InputError
+from diff2to3._store import state_sha256
+from diff2to3.data._extractor import ExtractorChoice, open_extractor
+from diff2to3.data._feature_stage import Encoding, FeatureSettings, Lifting
+from diff2to3.data._store import Store
+from diff2to3.train._checkpoint import read_config, read_weights
+
+
+def load_lifting(
+    choice: ExtractorChoice, device: str | None, store: Store, settings: FeatureSettings, grid_size: int
+) -> tuple[Lifting, str]:
+    """The work of stage ``features``, and the hash of its weights."""
+    model: Any = open_extractor(choice)
+    digest, place = str(state_sha256(model)), _device(device)
+    return Lifting(model.to(place) if hasattr(model, "to") else model, store, settings, grid_size, place), digest
+
+
+def load_encoding(vae: Path, device: str | None, store: Store) -> tuple[Encoding, str]:
+    """The work of stage ``latents``, and the hash of its weights."""
+    try:
+        model = SparseVAE(read_config(vae, SparseVAEConfig))
+        model.load_state_dict(read_weights(vae))
+    except (ValueError, RuntimeError) as error:  # torch reports missing and unexpected weights as RuntimeError
+        raise InputError(f"{vae}: {error}") from error
+    digest = str(state_sha256(model))
+    return Encoding(model.to(_device(device)).eval(), store), digest
+
+
+def _device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
