@@ -16,6 +16,8 @@ from smdit._rows import Rows
 
 BLOCK_ELEMENTS = 4096
 """Channels that a program holds."""
+BLOCK_CHANNELS = 1024
+"""Fewest channels of a row that a program holds. Narrower rows are padded, so that all share one kernel to build."""
 
 
 def norm(
@@ -121,7 +123,7 @@ class _Gate(torch.autograd.Function):
 
 def _blocks(channels: int) -> tuple[int, int]:
     """Channels, padded to a power of two, and rows of a program."""
-    block_c = triton.next_power_of_2(channels)
+    block_c = max(triton.next_power_of_2(channels), BLOCK_CHANNELS)
     return block_c, max(1, BLOCK_ELEMENTS // block_c)
 
 
