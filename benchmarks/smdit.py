@@ -354,8 +354,9 @@ def main() -> None:
         os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
     model = SMDiT(SMDiTConfig.preset(preset)).to(device, dtype).eval()
     wake(model)
-    begin = time.perf_counter()
     x, t, condition = inputs(model.config, counts[0], side, 1, device)
+    synchronise(device)
+    begin = time.perf_counter()
     with torch.no_grad():
         model(x.to(dtype=dtype), t, condition)
     synchronise(device)
