@@ -25,7 +25,7 @@ COMMANDS = {
     "info": "diff2to3._cli._files:info",
     "import-trellis": "diff2to3._cli._trellis:import_trellis",
     "plugins": "diff2to3._cli._listing:plugins",
-    "doctor": "diff2to3._cli._listing:doctor",
+    "doctor": "diff2to3._cli._doctor:doctor",
 }
 
 PLUGINS_HEAD = """# Plugins
