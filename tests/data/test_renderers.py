@@ -124,6 +124,18 @@ def test_texture_is_upright(renderer, tmp_path):
     np.testing.assert_allclose(seen, picture, atol=1)
 
 
+@pytest.mark.parametrize(("radius", "fov"), [(2.0, 40.0), (89.3, 1.0), (0.9, 120.0)])
+def test_near_and_far_cameras_see_the_whole_object(renderer, flat_mesh, radius, fov):
+    """The fields of view that condition views may have; the depth stays exact to a fraction of a voxel."""
+    views = single(radius=radius, fov=fov)
+    corner = flat_mesh(
+        square((-0.3, -0.3), (0.3, 0.3), -0.4) + square((-0.3, 0.3), (0.3, 0.4), 0.4), [[9] * 3 + [255]] * 4
+    )
+    images, depth = renderer(corner, views.world_to_camera, views.intrinsics, SIZE)
+    assert images[0, 32, 32, 3] == 255
+    np.testing.assert_allclose(depth[0, SIZE // 8, SIZE // 8], radius - 0.4, atol=1e-4)
+
+
 def test_straight_alpha_inverts_premultiplication():
     from diff2to3.data._renderers.gl import _straight_alpha
 

@@ -192,6 +192,14 @@ def test_a_point_lands_in_the_voxel_of_the_convention(flat_mesh, rule):
     assert found(flat_mesh, triangle, 32, rule) == {(3, 17, 30)}
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("place", [0.5001, -0.7, np.nan, np.inf])
+def test_what_reaches_out_of_the_cube_is_refused(flat_mesh, rule, place):
+    """Clipping would fill voxels of the border that the surface does not pass through."""
+    with pytest.raises(ValueError, match=r"expected triangles inside \[-0.5, 0.5\]\^3"):
+        found(flat_mesh, [[0, 0, 0], [0.1, 0, 0], [0, 0.1, place]], 8, rule)
+
+
 def test_memory_does_not_grow_with_the_triangles(flat_mesh):
     """Half a million small triangles (36 MB of corners alone in float64) and a hundred large ones."""
     import tracemalloc

@@ -31,12 +31,19 @@ def voxelize(mesh: Mesh, grid_size: int, rule: Rule = "exact") -> np.ndarray:
 
     Returns:
         int32 ``[L, 3]``, lexicographically sorted, unique.
+
+    Raises:
+        ValueError: a triangle reaches out of the cube, or has a coordinate that is no number.
     """
     fill = {"exact": _fill_exact, "sampled": _fill_sampled}[rule]
     occupied = np.zeros((grid_size,) * 3, bool)
     for part in mesh.parts:
         for start in range(0, len(part.faces), _TRIANGLES):
-            fill(occupied, part.vertices[part.faces[start : start + _TRIANGLES]].astype(np.float64))
+            triangles = part.vertices[part.faces[start : start + _TRIANGLES]].astype(np.float64)
+            if not (np.abs(triangles) <= 0.5).all():  # also false for NaN
+                low, high = triangles.min((0, 1)).tolist(), triangles.max((0, 1)).tolist()
+                raise ValueError(f"expected triangles inside [-0.5, 0.5]^3, got some that reach from {low} to {high}")
+            fill(occupied, triangles)
     return np.argwhere(occupied).astype(np.int32)
 
 

@@ -23,7 +23,7 @@ in vec2 f_uv; in vec4 f_color;
 out vec4 result;
 void main() { vec4 c = texture(base, f_uv) * f_color; if (c.a < 0.5) discard; result = vec4(c.rgb, 1.0); }
 """
-_NEAR, _FAR = 0.05, 20.0
+_NEAR = 0.05
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "swiftshader")  # drivers without a GPU, as they name themselves
 
 
@@ -86,33 +86,41 @@ class GlMeshRenderer:
         try:
             images = np.empty((len(world_to_camera), size, size, 4), np.uint8)
             depths = np.empty((len(world_to_camera), size // 4, size // 4), np.float32)
+            reach = max(float(np.linalg.norm(part.vertices[part.faces], axis=-1).max()) for part in mesh.parts)
             for index, (pose, matrix) in enumerate(zip(world_to_camera, intrinsics, strict=True)):
-                clip = _projection(matrix, size) @ pose
+                planes = _planes(pose, reach)
+                clip = _projection(matrix, size, planes) @ pose
                 self.program["world_to_clip"].write(np.ascontiguousarray(clip.T, np.float32))
                 images[index] = self._color(arrays, textures, size)
-                depths[index] = self._depth(arrays, textures, size // 4)
+                depths[index] = self._depth(arrays, textures, size // 4, planes)
             return images, depths
         finally:
             for array, buffers in arrays:
                 array.release()
                 for buffer in buffers:
                     buffer.release()
-            for texture in textures:
+            for texture in set(textures):
                 texture.release()
 
     def _upload(self, mesh: Mesh) -> tuple[list[Any], list[Any]]:
-        arrays, textures = [], []
+        """Vertex array with its buffers, and texture, of every part; parts may share a texture."""
+        arrays, textures, uploaded = [], [], dict[int, Any]()
         for part in mesh.parts:
             packed = np.concatenate([part.vertices, part.uv, part.colors.astype(np.float32) / 255], 1).astype("f4")
             vertices, indices = self.context.buffer(packed.tobytes()), self.context.buffer(part.faces.tobytes())
             layout = [(vertices, "3f 2f 4f", "position", "uv", "color")]
             arrays.append((self.context.vertex_array(self.program, layout, indices), (vertices, indices)))
-            height, width = part.texture.shape[:2]
-            texture = self.context.texture((width, height), 4, np.ascontiguousarray(part.texture[::-1]).tobytes())
-            texture.build_mipmaps()
-            texture.anisotropy = 8.0
-            textures.append(texture)
+            if id(part.texture) not in uploaded:
+                uploaded[id(part.texture)] = self._texture(part.texture)
+            textures.append(uploaded[id(part.texture)])
         return arrays, textures
+
+    def _texture(self, texels: np.ndarray) -> Any:
+        height, width = texels.shape[:2]
+        texture = self.context.texture((width, height), 4, np.ascontiguousarray(texels[::-1]).tobytes())
+        texture.build_mipmaps()
+        texture.anisotropy = 8.0
+        return texture
 
     def _framebuffer(self, size: int, samples: int) -> tuple[Any, Any]:
         key = (size, samples)
@@ -140,7 +148,7 @@ class GlMeshRenderer:
         flipped = np.frombuffer(resolved.read(components=4), np.uint8).reshape(size, size, 4)
         return _straight_alpha(flipped[::-1])
 
-    def _depth(self, arrays: list[Any], textures: list[Any], size: int) -> np.ndarray:
+    def _depth(self, arrays: list[Any], textures: list[Any], size: int, planes: tuple[float, float]) -> np.ndarray:
         key = (size, 0)
         if key not in self._framebuffers:
             depth = self.context.depth_texture((size, size))
@@ -149,19 +157,27 @@ class GlMeshRenderer:
         target, depth = self._framebuffers[key]
         self._draw(target, arrays, textures)
         window = np.frombuffer(depth.read(), np.float32).reshape(size, size)[::-1]
-        ndc = window.astype(np.float64) * 2 - 1
-        z = 2 * _NEAR * _FAR / (_FAR + _NEAR - ndc * (_FAR - _NEAR))
+        (near, far), ndc = planes, window.astype(np.float64) * 2 - 1
+        z = 2 * near * far / (far + near - ndc * (far - near))
         return np.where(window >= 1.0, np.inf, z).astype(np.float32)
 
 
-def _projection(intrinsics: np.ndarray, size: int) -> np.ndarray:
+def _planes(pose: np.ndarray, reach: float) -> tuple[float, float]:
+    """Least and largest depth in a view of what lies within ``reach`` of the origin, a little apart from both."""
+    middle = float(pose[2, 3])
+    near = max(_NEAR, middle - 1.01 * reach)
+    return near, max(middle + 1.01 * reach, 2 * near)
+
+
+def _projection(intrinsics: np.ndarray, size: int, planes: tuple[float, float]) -> np.ndarray:
     """OpenCV camera space -> OpenGL clip space for a square picture."""
+    near, far = planes
     fx, fy, cx, cy = intrinsics[0, 0], intrinsics[1, 1], intrinsics[0, 2], intrinsics[1, 2]
     return np.array(
         [
             [2 * fx / size, 0, 2 * cx / size - 1, 0],
             [0, -2 * fy / size, 1 - 2 * cy / size, 0],
-            [0, 0, (_FAR + _NEAR) / (_FAR - _NEAR), -2 * _FAR * _NEAR / (_FAR - _NEAR)],
+            [0, 0, (far + near) / (far - near), -2 * far * near / (far - near)],
             [0, 0, 1, 0],
         ]
     )
