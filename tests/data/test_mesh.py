@@ -51,6 +51,55 @@ def test_texture_factor_and_uv_survive(tmp_path):
     np.testing.assert_allclose(part.colors, np.broadcast_to([255, 128, 0, 255], part.colors.shape), atol=1)
 
 
+@pytest.mark.parametrize(
+    ("mode", "cutoff", "factor", "first_visible"),
+    [
+        (None, None, 255, 0),  # opaque: alpha means nothing
+        ("OPAQUE", None, 10, 0),
+        ("MASK", None, 255, 128),
+        ("MASK", 0.25, 255, 64),
+        ("MASK", 0.25, 102, 160),
+        ("MASK", 0.9, 255, 230),
+        ("MASK", 0.9, 200, 256),
+        ("MASK", 0.0, 255, 0),
+        ("BLEND", 0.9, 255, 128),  # a cutoff belongs to MASK alone
+    ],
+)
+@pytest.mark.parametrize("textured", [True, False])
+def test_alpha_mode(tmp_path, mode, cutoff, factor, first_visible, textured):
+    """Of a texture with every alpha, which texels our renderers draw: those whose product with the colour is a half."""
+    ramp = np.full((16, 16, 4), 255, np.uint8)
+    ramp[..., 3] = np.arange(256).reshape(16, 16)
+    material = trimesh.visual.material.PBRMaterial(
+        baseColorTexture=Image.fromarray(ramp) if textured else None,
+        baseColorFactor=[255, 255, 255, factor],
+        alphaMode=mode,
+        alphaCutoff=cutoff,
+    )
+    box = trimesh.creation.box()
+    box.visual = trimesh.visual.TextureVisuals(uv=box.vertices[:, :2], material=material)
+    box.export(tmp_path / "box.glb")
+    (part,) = load_mesh(tmp_path / "box.glb").parts
+    drawn = part.texture[..., 3].astype(float).ravel() * part.colors[0, 3] / 255 >= 127.5
+    alpha = np.arange(256) if textured else np.array([255])
+    np.testing.assert_array_equal(drawn, alpha >= first_visible)
+
+
+@pytest.mark.parametrize("textured", [True, False])
+def test_vertex_colours_beside_a_material(tmp_path, textured):
+    """glTF multiplies colour of the vertices, factor and texture."""
+    box = textured_box()
+    if not textured:
+        box.visual.material.baseColorTexture = None
+    painted = np.random.default_rng(0).integers(0, 256, (len(box.vertices), 4)).astype(np.uint8)
+    box.visual.vertex_attributes["color"] = painted
+    box.export(tmp_path / "box.glb")
+    (part,) = load_mesh(tmp_path / "box.glb").parts
+    assert part.texture.shape == ((4, 8, 4) if textured else (1, 1, 4))
+    np.testing.assert_allclose(part.colors[:, :3], painted[:, :3] * [1, 128 / 255, 0], atol=1)
+    assert (part.colors[:, 3] == 255).all()
+
+
 @pytest.mark.parametrize("suffix", [".glb", ".ply"])
 def test_vertex_colours(tmp_path, suffix):
     mesh = trimesh.creation.icosphere(1)

@@ -109,21 +109,29 @@ class _Textures:
     """Decoded base-colour textures of an asset, each decoded once however many parts show it."""
 
     def __init__(self) -> None:
-        self._decoded: dict[int, tuple[Any, np.ndarray]] = {}  # by the picture's identity, with the picture itself
+        self._decoded: dict[tuple[int, float], tuple[Any, np.ndarray]] = {}  # by identity, with the picture itself
         self._drawn = 0
 
-    def decode(self, picture: Any) -> np.ndarray:
-        """RGBA uint8 ``[h, w, 4]`` of a Pillow picture."""
+    def decode(self, picture: Any, alpha_scale: float = 1.0) -> np.ndarray:
+        """RGBA uint8 ``[h, w, 4]`` of a Pillow picture, its alpha multiplied with ``alpha_scale``."""
         width, height = picture.size
         self._drawn += width * height  # the renderer uploads the texture of every part
         if self._drawn > MAX_DRAWN_PIXELS:
             raise RefusedAsset(f"the textures of its parts have more than {MAX_DRAWN_PIXELS:,} pixels together")
-        if id(picture) not in self._decoded:
-            self._decoded[id(picture)] = (picture, np.asarray(picture.convert("RGBA")))
-        return self._decoded[id(picture)][1]
+        key = (id(picture), alpha_scale)
+        if key not in self._decoded:
+            texels = np.array(picture.convert("RGBA"))
+            if np.isinf(alpha_scale):
+                texels[..., 3] = 255
+            elif alpha_scale != 1:
+                texels[..., 3] = np.minimum(np.rint(np.arange(256) * alpha_scale), 255).astype(np.uint8)[texels[..., 3]]
+            self._decoded[key] = (picture, texels)
+        return self._decoded[key][1]
 
 
 def _part(geometry: Any, transform: np.ndarray, textures: _Textures) -> MeshPart:
+    from trimesh.visual.color import to_rgba
+
     vertices = geometry.vertices @ transform[:3, :3].T + transform[:3, 3]
     vertices = np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], 1)  # y up -> z up; glTF's front +z -> -y
     visual = geometry.visual
@@ -132,10 +140,18 @@ def _part(geometry: Any, transform: np.ndarray, textures: _Textures) -> MeshPart
     colors = np.full((len(vertices), 4), 255, np.uint8)
     if visual.kind == "texture":
         material = visual.material.to_pbr() if hasattr(visual.material, "to_pbr") else visual.material
-        if material.baseColorTexture is not None:
-            texture = textures.decode(material.baseColorTexture)
         if material.baseColorFactor is not None:
             colors[:] = np.asarray(material.baseColorFactor, np.uint8)
+        scale = 1.0
+        if material is visual.material:  # glTF's: others have neither colours of vertices besides nor an alpha mode
+            painted = visual.vertex_attributes.get("color")
+            if painted is not None and len(painted) == len(colors):
+                colors = np.rint(colors * (to_rgba(painted) / 255)).astype(np.uint8)
+            scale = _alpha_scale(material, colors)
+        if material.baseColorTexture is not None:
+            texture = textures.decode(material.baseColorTexture, scale)
+        elif scale < 1:
+            texture[..., 3] = np.rint(255 * scale)
     elif visual.kind in ("vertex", "face"):
         colors = np.asarray(
             visual.to_color().vertex_colors if visual.kind == "face" else visual.vertex_colors, np.uint8
@@ -147,6 +163,23 @@ def _part(geometry: Any, transform: np.ndarray, textures: _Textures) -> MeshPart
     return MeshPart(
         vertices.astype(np.float32), np.asarray(geometry.faces, np.int32), np.asarray(uv, np.float32), texture, colors
     )
+
+
+def _alpha_scale(material: Any, colors: np.ndarray) -> float:
+    """What a texture's alpha is multiplied with, so that glTF's holes are where its product with ``colors`` is below
+    one half. Infinite for opaque materials: their alpha means nothing, and files use the channel for other things.
+
+    Changes the alpha of ``colors`` to a largest value of one, unless the cutoff is one half anyway.
+    """
+    cutoff = {"MASK": material.alphaCutoff, "BLEND": None}.get(material.alphaMode, 0.0)
+    cutoff, most = 0.5 if cutoff is None else cutoff, int(colors[:, 3].max())
+    if cutoff <= 0:
+        colors[:, 3] = 255
+        return np.inf
+    if cutoff == 0.5 or most == 0:
+        return 1.0
+    colors[:, 3] = np.rint(colors[:, 3] * (255 / most))
+    return most / 255 * 0.5 / cutoff
 
 
 def _normalised(part: MeshPart, centre: np.ndarray, scale: float) -> MeshPart:
