@@ -3,6 +3,8 @@
     python benchmarks/data.py --fuzz 2000 --write benchmarks/results/data_cpu.md
     python benchmarks/data.py --voxels 100 --assets ASSETS --write benchmarks/results/data_cpu.md
     python benchmarks/data.py --renderers 20 --assets ASSETS --write benchmarks/results/data_cpu.md
+    python benchmarks/data.py --stages 200 --assets ASSETS --write benchmarks/results/data_cpu.md
+    python benchmarks/data.py --stages 0 --assets ASSETS --device cuda --network paper    # every object
 
 fuzz: whole assets of every format (made here, with textures beside or inside) are damaged at random: bits flipped,
 bytes cut, repeated or overwritten, numbers and names replaced by hostile ones. Each must load or be refused by a
@@ -12,6 +14,8 @@ voxels: objects of a folder, drawn at random, by both rules, one thread; of thre
 renderers: the same by every mesh renderer that works here: pictures with depth that two processes draw in a second, as
 `data render --workers 2` has them, the time that a core takes for one (which other work on the machine disturbs less),
 and how far the pictures differ. Blender draws two of the objects.
+stages: the commands of `diff2to3 data` over objects of a folder, drawn at random, and what comes of them in a minute
+(`_stages.py`). `--folder` keeps the data sets, so that a run goes on where one with other `--parts` or `--size` ended.
 `--write` replaces a part's section in a results file.
 """
 
@@ -35,6 +39,7 @@ from typing import Any, get_args
 
 import numpy as np
 import trimesh
+from _stages import HEAD, PARTS, StageRun, failures
 from diff2to3._errors import ComponentError, ComponentNotFoundError
 from diff2to3._plugins import MESH_RENDERER, build
 from diff2to3.data._mesh import MESH_SUFFIXES, load_mesh
@@ -287,19 +292,65 @@ def renderers(assets: Path, count: int, seed: int) -> list[str]:
     return [*rows, "", *notes]
 
 
+def staged_options(given: argparse.Namespace) -> str:
+    """The options of a run of stages that tell what it measured."""
+    named = {
+        n: getattr(given, n) for n in ("device", "size", "network", "processes", "model_processes", "model_objects")
+    }
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in named.items())
+    return f"--stages {given.stages} --assets ASSETS --parts {' '.join(given.parts)} {options}"
+
+
+def staged_rows(given: argparse.Namespace) -> list[str]:
+    """The table of stages, printed row by row too, and why objects failed."""
+    rows = list(HEAD)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        run = StageRun(
+            given.assets,
+            folder,
+            given.stages,
+            given.seed,
+            processes=given.processes,
+            model_processes=given.model_processes,
+            model_objects=given.model_objects,
+            device=given.device,
+        )
+        for row in run.rows(given.parts, given.size, given.network):
+            print(row, flush=True)
+            rows.append(row)
+        return [*rows, "", *failures(folder)[:20]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--fuzz", type=int, metavar="COUNT", default=2000, help="assets to damage and read (the default)")
     part.add_argument("--voxels", type=int, metavar="COUNT", help="objects to voxelize by both rules")
     part.add_argument("--renderers", type=int, metavar="COUNT", help="objects to draw by every renderer")
+    part.add_argument("--stages", type=int, metavar="COUNT", help="objects to send through the stages, 0 for all")
     parser.add_argument("--assets", type=Path, help="folder of the objects to draw from")
+    staged = parser.add_argument_group("stages")
+    staged.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    staged.add_argument("--folder", type=Path, help="where the data sets stay; default a temporary one")
+    staged.add_argument("--device", default="cpu")
+    staged.add_argument("--size", type=int, default=256, help="side of the pictures")
+    staged.add_argument("--network", default="tiny", help="tiny (embedded), or a preset with random weights: paper ...")
+    staged.add_argument("--processes", type=int, default=os.cpu_count())
+    staged.add_argument("--model-processes", type=int, default=1, help="that share the device")
+    staged.add_argument("--model-objects", type=int, default=0, help="objects of features and latents; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="results file whose section is replaced")
     arguments = parser.parse_args()
-    if (arguments.voxels or arguments.renderers) and arguments.assets is None:
-        parser.error("--voxels and --renderers need --assets FOLDER")
-    if arguments.voxels:
+    if (arguments.voxels or arguments.renderers or arguments.stages is not None) and arguments.assets is None:
+        parser.error("--voxels, --renderers and --stages need --assets FOLDER")
+    if arguments.stages is not None:
+        heading, options, rows = (
+            f"## Stages, pictures of {arguments.size}^2",
+            staged_options(arguments),
+            staged_rows(arguments),
+        )
+    elif arguments.voxels:
         heading, options = "## Rules of voxels", f"--voxels {arguments.voxels} --assets ASSETS"
         rows = voxels(arguments.assets, arguments.voxels, arguments.seed)
     elif arguments.renderers:
