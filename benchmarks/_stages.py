@@ -153,6 +153,8 @@ class StageRun:
         if any(codes):
             log = logs[next(number for number, code in enumerate(codes) if code)]
             title += f" (exit codes {sorted(set(codes))}: {' '.join(log.read_text().strip().splitlines()[-1:])})"
+        elif renderer := store.manifest(stage)["settings"].get("renderer"):
+            title += f" ({renderer})"
         done = sum(store.path(stage, i).is_file() for i in todo)
         rate = f"{done / seconds * 60:,.0f}" if todo else "done before"
         return f"| {title} | {processes} | {len(todo):,} | {len(todo) - done} | {seconds:.1f} | {rate} |"
