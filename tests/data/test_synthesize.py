@@ -4,10 +4,12 @@ import csv
 
 import numpy as np
 import pytest
+from diff2to3.data import _synthesize
 from diff2to3.data._mesh import load_mesh
 from diff2to3.data._procedural._families import FAMILIES
 from diff2to3.data._procedural._patterns import noise, trilinear
 from diff2to3.data._procedural._surfaces import Builder, box_charts, lathe_chart, slab_charts, tube_chart
+from diff2to3.data._store import Store
 from diff2to3.data._synthesize import make_object, synthesize
 
 
@@ -23,6 +25,34 @@ def test_files_and_index(tmp_path):
         assert texture[..., :3].std() > 10
         assert (mesh.parts[0].uv >= 0).all()
         assert (mesh.parts[0].uv <= 1).all()
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    made = []
+
+    def stopped(family, seed, number):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(number)
+        return make_object(family, seed, number)
+
+    monkeypatch.setattr(_synthesize, "make_object", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(tmp_path / "a", 3, seed=3)
+    assert not (tmp_path / "a" / "index.csv").exists()
+    made.clear()
+    synthesize(tmp_path / "a", 3, seed=3)
+    assert made == [2]
+    made.clear()
+    monkeypatch.undo()
+    synthesize(tmp_path / "b", 3, seed=3)
+    manifests = [Store(tmp_path / folder).manifest("synthesize") for folder in "ab"]
+    assert manifests[0] == manifests[1]
+    assert manifests[0]["objects"] == 3
+    assert manifests[0]["settings"] == {"count": 3, "seed": 3}
+    (tmp_path / "b" / "chair-3-00000.glb").write_bytes(b"changed")
+    synthesize(tmp_path / "b", 3, seed=3)
+    assert Store(tmp_path / "b").manifest("synthesize")["outputs"] != manifests[0]["outputs"]
 
 
 def test_same_seed_same_bytes_and_another_seed_another_object():
