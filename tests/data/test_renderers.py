@@ -1,5 +1,8 @@
 """Pictures against closed forms: where things land, how deep they are, what edges hold."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +152,15 @@ def test_straight_alpha_inverts_premultiplication():
     error = np.abs(result[..., :3].astype(int) - colour)
     assert (error <= np.ceil(128 / np.maximum(alpha, 1))).all(where=alpha > 0)
     assert (result[alpha[..., 0] == 0] == 0).all()
+
+
+def test_triton_can_be_imported_after_a_context_was_made(mesh_renderer):
+    """Mesa's software driver and Triton bring an LLVM each, and the process crashed when Triton's came second."""
+    pytest.importorskip("triton")
+    mesh_renderer("gl")  # skips where there is none
+    code = "import torch; from diff2to3._plugins import MESH_RENDERER, build; build(MESH_RENDERER, 'gl'); import triton"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_contexts_in_one_process_do_not_disturb_each_other(mesh_renderer, lopsided):

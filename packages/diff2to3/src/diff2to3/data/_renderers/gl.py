@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -52,6 +56,7 @@ class GlMeshRenderer:
         import moderngl
 
         self.config = config
+        _load_triton()
         try:
             options: Any = {"backend": "egl"}  # moderngl's annotation of keyword options is wrong
             self.context: Any = moderngl.create_context(standalone=True, **options)
@@ -160,6 +165,13 @@ class GlMeshRenderer:
         (near, far), ndc = planes, window.astype(np.float64) * 2 - 1
         z = 2 * near * far / (far + near - ndc * (far - near))
         return np.where(window >= 1.0, np.inf, z).astype(np.float32)
+
+
+def _load_triton() -> None:
+    """Loads Triton's library where torch is in use: its LLVM crashes when Mesa's software driver brought its own before."""
+    if "torch" in sys.modules and find_spec("triton") is not None:
+        with suppress(ImportError):
+            import_module("triton._C.libtriton")
 
 
 def _planes(pose: np.ndarray, reach: float) -> tuple[float, float]:
