@@ -168,7 +168,10 @@ class GlMeshRenderer:
 
 
 def _load_triton() -> None:
-    """Loads Triton's library where torch is in use: its LLVM crashes when Mesa's software driver brought its own before."""
+    """Loads Triton's library where torch is in use.
+
+    Mesa's software driver brings an LLVM of its own; Triton's crashes the process when it comes second.
+    """
     if "torch" in sys.modules and find_spec("triton") is not None:
         with suppress(ImportError):
             import_module("triton._C.libtriton")
