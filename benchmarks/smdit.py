@@ -45,6 +45,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 SCENES = {"cpu": ("tiny", torch.float32, (2_475,), 16), "cuda": ("paper", torch.bfloat16, (20_000, 10_000), 32)}
+PARTS = ("forward", "sampling", "training", "compiled")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
@@ -277,7 +278,7 @@ def wake(model: torch.nn.Module) -> None:
             parameter.data.copy_(values.to(parameter))
 
 
-def training_rows(config: SMDiTConfig, count: int, side: int, repeats: int, compiled: bool) -> list[list[str]]:
+def training_rows(config: SMDiTConfig, count: int, side: int, repeats: int) -> list[list[str]]:
     """Forward, backward and AdamW on float32 weights, one object, eager and with compiled blocks."""
     model = SMDiT(config).to("cuda").train()
     wake(model)
@@ -294,7 +295,7 @@ def training_rows(config: SMDiTConfig, count: int, side: int, repeats: int, comp
 
     rows = []
     ways = {"eager": None, "compiled blocks": False, "compiled blocks, launched from C++": True}
-    for name, cpp_wrapper in ways.items() if compiled else [("eager", None)]:
+    for name, cpp_wrapper in ways.items():
         if cpp_wrapper is not None:
             compile_blocks(model, cpp_wrapper=cpp_wrapper)
         begin = time.perf_counter()
@@ -319,31 +320,49 @@ def environment(device: str) -> str:
     return f"{machine}; Python {platform.python_version()}; torch {version('torch')}; commit {revision}"
 
 
-def cuda_parts(
-    model: SMDiT, dtype: torch.dtype, counts: tuple[int, ...], side: int, repeats: int, compiled: bool
-) -> Iterator[str]:
-    """What only a GPU is asked: called after the forwards of the default path."""
-    head = ["voxels", "default", "plain PyTorch", "difference"]
-    yield table(head, path_rows(model, counts[0], side, repeats))
-    head = ["run", "steps", "seconds"]
-    yield table(head, [structure_row(), sampling_row("stage 2, default", model, dtype, counts[0], side, "cuda")])
-    gap = largest_gap(model, counts[0], side)
-    yield f"Longest time that the device was idle between kernels of consecutive sampling steps: {gap:.1f} us."
-    train = ["training step, bf16", "voxels", "forward + backward + AdamW, ms", "peak memory, GiB", "first step, s"]
-    yield table(train, training_rows(model.config, counts[0], side, repeats, compiled))
-    if compiled:
-        columns = ["voxels", "compiled blocks", "recorded", "first call, s"]
-        yield table(columns, compiled_rows(model, counts, side, repeats))
-        yield table(head, [sampling_row("stage 2, compiled", model, dtype, counts[0], side, "cuda")])
+def forward_part(model: SMDiT, dtype: torch.dtype, counts: tuple[int, ...], side: int, device: str, repeats: int):
+    head = [
+        "batch",
+        "voxels (voxel + image tokens)",
+        "forward",
+        "recorded",
+        "bare",
+        "ratio",
+        "TFLOP",
+        "TFLOP/s",
+        "of peak",
+    ]
+    yield table(head, [row for n in counts for row in forward_rows(model, dtype, n, side, device, repeats)])
+    if device == "cuda":
+        head = ["voxels", "default", "plain PyTorch", "difference"]
+        yield table(head, path_rows(model, counts[0], side, repeats))
+
+
+def sampling_part(model: SMDiT, dtype: torch.dtype, counts: tuple[int, ...], side: int, device: str) -> Iterator[str]:
+    rows = [sampling_row("stage 2", model, dtype, counts[0], side, device)]
+    yield table(["run", "steps", "seconds"], [structure_row(), *rows] if device == "cuda" else rows)
+    if device == "cuda":
+        gap = largest_gap(model, counts[0], side)
+        yield f"Longest time that the device was idle between kernels of consecutive sampling steps: {gap:.1f} us."
+
+
+def training_part(config: SMDiTConfig, count: int, side: int, repeats: int) -> Iterator[str]:
+    head = ["training step, bf16", "voxels", "forward + backward + AdamW, ms", "peak memory, GiB", "first step, s"]
+    yield table(head, training_rows(config, count, side, repeats))
+
+
+def compiled_part(model: SMDiT, dtype: torch.dtype, counts: tuple[int, ...], side: int, repeats: int) -> Iterator[str]:
+    """Comes last: the model stays compiled."""
+    yield table(["voxels", "compiled blocks", "recorded", "first call, s"], compiled_rows(model, counts, side, repeats))
+    row = sampling_row("stage 2, compiled", model, dtype, counts[0], side, "cuda")
+    yield table(["run", "steps", "seconds"], [row])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(SCENES), default="cpu")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="time compiled blocks too"
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to time; the last two need CUDA")
     parser.add_argument("--out", type=Path, help="write the tables to this file as well")
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats
@@ -361,18 +380,6 @@ def main() -> None:
         model(x.to(dtype=dtype), t, condition)
     synchronise(device)
     first = time.perf_counter() - begin
-    forwards = [row for count in counts for row in forward_rows(model, dtype, count, side, device, repeats)]
-    head = [
-        "batch",
-        "voxels (voxel + image tokens)",
-        "forward",
-        "recorded",
-        "bare",
-        "ratio",
-        "TFLOP",
-        "TFLOP/s",
-        "of peak",
-    ]
     report = Report(arguments.out)
     report.add(f"# SMDiT, {device}")
     report.add(f"`python benchmarks/smdit.py --device {device}`: {environment(device)}.")
@@ -380,13 +387,16 @@ def main() -> None:
         f"Preset {preset}, {dtype}; times are the shortest of {repeats} runs, in milliseconds. First call, "
         f"kernels built anew: {first:.1f} s."
     )
-    report.add(table(head, forwards))
-    if device == "cuda":
-        for part in cuda_parts(model, dtype, counts, side, repeats, arguments.compile):
-            report.add(part)
-    else:
-        row = sampling_row("stage 2", model, dtype, counts[0], side, device)
-        report.add(table(["run", "steps", "seconds"], [row]))
+    parts = {
+        "forward": lambda: forward_part(model, dtype, counts, side, device, repeats),
+        "sampling": lambda: sampling_part(model, dtype, counts, side, device),
+        "training": lambda: training_part(model.config, counts[0], side, repeats),
+        "compiled": lambda: compiled_part(model, dtype, counts, side, repeats),
+    }
+    for name, part in parts.items():
+        if name in arguments.parts and (device == "cuda" or name in ("forward", "sampling")):
+            for text in part():
+                report.add(text)
 
 
 if __name__ == "__main__":
