@@ -183,9 +183,11 @@ def test_files_that_cannot_grow_any_more_leave_the_run_and_the_checkpoint_before
     assert same(config.out / "model", model)
 
 
-def test_twenty_kills_at_random_moments(micro_config, tmp_path):
+def test_twenty_kills_at_random_moments(micro_config, shard_data, tmp_path):
     """Each loses at most the steps since the last checkpoint, and the end is that of the run that nobody killed."""
-    whole = micro_config("structure-vae", steps=150, checkpoint_every=2, log_every=1, out=tmp_path / "whole")
+    whole = micro_config(
+        "structure-vae", data=shard_data, steps=150, checkpoint_every=2, log_every=1, out=tmp_path / "whole"
+    )
     run(whole)
     path = tmp_path / "config.yaml"
     path.write_text(whole.model_copy(update={"out": tmp_path / "killed"}).model_dump_json())

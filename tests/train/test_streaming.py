@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -20,7 +17,6 @@ from diff2to3.train._batches import ConditionBatches, PictureBatches, ViewBatche
 from diff2to3.train._data import open_data
 from diff2to3.train._engine import train
 from diff2to3.train.stages import STAGES, build_stage
-from safetensors.torch import load_file
 
 GRID, CPU = 16, torch.device("cpu")
 ALL = ("render", "voxels", "features", "latents")
@@ -73,43 +69,6 @@ def test_every_stage_trains_from_shards_as_from_the_folder(micro_config, folder_
                 path.write_text(json.dumps(json.loads(path.read_text()) | statistics))
         assert len(losses[0]) == 3
         assert losses[0] == (pytest.approx(losses[1], rel=1e-3) if name == "structure-flow" else losses[1])
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from diff2to3.train import _engine
-from diff2to3.train._config import load_config
-from diff2to3.train.stages import build_stage
-
-torch.set_num_threads(1)
-log = _engine.Log.__call__
-
-def die(self, step, seconds, figures):
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    log(self, step, seconds, figures)
-
-_engine.Log.__call__ = die
-config = load_config(Path(sys.argv[1]))
-_engine.train(build_stage("structure-vae", config), config)
-"""
-
-
-def test_kill_9_and_going_on_equals_the_uninterrupted_run(micro_config, shard_data, tmp_path):
-    whole = micro_config("structure-vae", data=shard_data, steps=6, checkpoint_every=2, out=tmp_path / "whole")
-    train(build_stage("structure-vae", whole), whole)
-    cut = whole.model_copy(update={"out": tmp_path / "cut"})
-    path = tmp_path / "config.yaml"
-    path.write_text(cut.model_dump_json())  # JSON is YAML
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert json.loads((cut.out / "checkpoints" / "00000004" / "state.json").read_text())["step"] == 4
-    train(build_stage("structure-vae", cut), cut, resume=True)
-    for folder in ("checkpoints/00000006", "model"):
-        first, second = (load_file(c.out / folder / "model.safetensors") for c in (whole, cut))
-        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_command_line(shard_data, micro_config, tmp_path):
