@@ -122,7 +122,7 @@ def test_view_snapped_conditions_come_from_within_45_degrees_of_the_front(micro_
             same = torch.full_like(every, chosen)
             pictures, azimuths = data.pictures("condition", same, every), data.table("condition_azimuth", same, every)
             pictures = pictures.flip(-1) if mirror else pictures
-            [view] = [v for v, picture in enumerate(pictures) if torch.equal(picture, snapped["condition"][index])]
+            [view] = [v for v, picture in enumerate(pictures) if torch.equal(picture, snapped["condition"][index, 0])]
             azimuth = float(azimuths[view]) * (-1 if mirror else 1) + 90 * turn
             assert abs((azimuth + 180) % 360 - 180) <= 45
     assert turned

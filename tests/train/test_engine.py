@@ -34,21 +34,21 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     _run(stage, whole)
 
     cut = whole.model_copy(update={"out": tmp_path / "cut"})
-    log = _engine._Log.__call__
+    log = _engine.Log.__call__
 
     def interrupt(self, step, seconds, figures):
         log(self, step, seconds, figures)
         if step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_engine._Log, "__call__", interrupt)
+    monkeypatch.setattr(_engine.Log, "__call__", interrupt)
     with pytest.raises(KeyboardInterrupt):
         _run(stage, cut)
     monkeypatch.undo()
-    assert json.loads((cut.out / "checkpoint" / "state.json").read_text())["step"] == 4
+    assert json.loads((cut.out / "checkpoints" / "00000004" / "state.json").read_text())["step"] == 4
     _run(stage, cut, resume=True)
 
-    first, second = (load_file(c.out / "checkpoint" / "model.safetensors") for c in (whole, cut))
+    first, second = (load_file(c.out / "checkpoints" / "00000006" / "model.safetensors") for c in (whole, cut))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     first, second = (load_file(c.out / "model" / "model.safetensors") for c in (whole, cut))
@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(micro_
     stage.forward = poisoned
     with pytest.raises(RuntimeError, match="step 4: the loss is nan"):
         train(stage, config)
-    saved = load_file(config.out / "checkpoint" / "model.safetensors")
+    saved = load_file(config.out / "checkpoints" / "00000002" / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())
 
 

@@ -15,9 +15,10 @@ from diff2to3._cli import cli
 from diff2to3._errors import InputError
 from diff2to3.data._shards import pack
 from diff2to3.data._store import Store
+from diff2to3.train._ahead import ReadAhead
 from diff2to3.train._batches import ConditionBatches, PictureBatches, ViewBatches
 from diff2to3.train._data import open_data
-from diff2to3.train._engine import ReadAhead, train
+from diff2to3.train._engine import train
 from diff2to3.train.stages import STAGES, build_stage
 from safetensors.torch import load_file
 
@@ -83,14 +84,14 @@ from diff2to3.train._config import load_config
 from diff2to3.train.stages import build_stage
 
 torch.set_num_threads(1)
-log = _engine._Log.__call__
+log = _engine.Log.__call__
 
 def die(self, step, seconds, figures):
     if step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     log(self, step, seconds, figures)
 
-_engine._Log.__call__ = die
+_engine.Log.__call__ = die
 config = load_config(Path(sys.argv[1]))
 _engine.train(build_stage("structure-vae", config), config)
 """
@@ -104,9 +105,9 @@ def test_kill_9_and_going_on_equals_the_uninterrupted_run(micro_config, shard_da
     path.write_text(cut.model_dump_json())  # JSON is YAML
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert json.loads((cut.out / "checkpoint" / "state.json").read_text())["step"] == 4
+    assert json.loads((cut.out / "checkpoints" / "00000004" / "state.json").read_text())["step"] == 4
     train(build_stage("structure-vae", cut), cut, resume=True)
-    for folder in ("checkpoint", "model"):
+    for folder in ("checkpoints/00000006", "model"):
         first, second = (load_file(c.out / folder / "model.safetensors") for c in (whole, cut))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -124,7 +125,7 @@ def test_command_line(shard_data, micro_config, tmp_path):
 @pytest.mark.parametrize("stride", [1, 3])
 def test_items_read_ahead_are_the_items(micro_config, shard_data, stride):
     config = micro_config("vae", data=shard_data)
-    plain, ahead = views(config), ReadAhead(views(config), CPU, stride, workers=2)
+    plain, ahead = views(config), ReadAhead(views(config), CPU, lambda item: item + stride, workers=2)
     for item in (2, 2 + stride, 2 + 2 * stride, 40, 40 + stride):  # also after a jump
         assert same(ahead[item], plain[item])
         assert len(ahead.made) < ahead.depth == 4
@@ -248,8 +249,8 @@ def test_a_dead_disk_ends_the_run(micro_config, shards):
     batches[0]
     for path in shards.glob("train-*.tar"):
         path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"step 0: 7 of its objects cannot be read; .*\.tar"):
-        ReadAhead(batches, CPU, 1, 2)[0]
+    with pytest.raises(InputError, match=r"item 0: 7 of its objects cannot be read; .*\.tar"):
+        ReadAhead(batches, CPU, lambda item: item + 1, 2)[0]
 
 
 def test_neither_a_data_set_nor_shards(micro_config, tmp_path):

@@ -1,10 +1,9 @@
-"""What the stages read. Every batch is a function of (seed, step) alone."""
+"""What the stages read. Every batch is a function of (seed, item) alone."""
 
 from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,8 +13,8 @@ from torch import Tensor
 from diff2to3._errors import InputError
 from diff2to3.data._augment import yaw_matrix
 from diff2to3.train._data import DamagedObjectError, SplitData
+from diff2to3.train._stage import Batch
 
-Batch = dict[str, Any]
 _MIRROR = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
 _MOST_DAMAGED = 16  # objects of one batch; more of them mean that the disk is the matter
 
@@ -27,15 +26,17 @@ class ObjectBatches(ABC):
         self.data = data
         self._said: set[int] = set()
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, item: int) -> Batch:
         damaged: frozenset[int] = frozenset()  # of this batch alone: what was read before must not change it
         while True:
             try:
-                return self.make(*self.data.draw(step, damaged))
+                objects, generator = self.data.draw(item, damaged)
+                batch = self.make(objects, generator)
+                return batch | {"batch_size": len(objects), "seed": generator.initial_seed()}
             except DamagedObjectError as error:
                 damaged |= {error.number}
                 if len(damaged) >= min(_MOST_DAMAGED, len(self.data)):
-                    raise InputError(f"step {step}: {len(damaged)} of its objects cannot be read; {error}") from error
+                    raise InputError(f"item {item}: {len(damaged)} of its objects cannot be read; {error}") from error
                 if error.number not in self._said:
                     self._said.add(error.number)
                     print(f"train: {error}; another object takes its place", file=sys.stderr)
@@ -59,7 +60,7 @@ class PictureBatches(ObjectBatches):
             index = _integers(self.data.num_pictures(kind), len(chosen), generator)
             if len(chosen):
                 parts.append(self.data.pictures(kind, chosen, index))
-        return {"image": torch.cat(parts), "seed": generator.initial_seed()}
+        return {"image": torch.cat(parts)}
 
 
 class OccupancyBatches(ObjectBatches):
@@ -73,7 +74,7 @@ class OccupancyBatches(ObjectBatches):
         turn, mirror = (_integers(n, len(objects), generator) for n in (4, 2))
         coords, batch = self.data.voxels(objects)
         placed = place(coords, batch, mirror, turn, self.grid_size)
-        return {"coords": placed, "batch_size": len(objects), "seed": generator.initial_seed()}
+        return {"coords": placed}
 
 
 class ViewBatches(ObjectBatches):
@@ -106,29 +107,36 @@ class ViewBatches(ObjectBatches):
             "pose": pose @ turns[turn.to(pose.device)],
             "intrinsics": data.table("view_intrinsics", objects, view),
             "hue": hue,
-            "seed": generator.initial_seed(),
         }
 
 
 class ConditionBatches(ObjectBatches):
     """Condition crops, and their objects as they lie in the frame that the crop asks for.
 
-    ``condition`` [B, 4, H, W] uint8 RGBA, ``hue`` [B]; ``object``, ``mirror`` and ``turn`` [B]: which objects, whether
-    mirrored in x, and then turned by how many quarter turns. ``with_latents`` those too, a SparseTensor [N, C];
-    ``with_voxels`` their ``coords`` [N, 4].
+    ``condition`` [B, V, 4, H, W] uint8 RGBA, ``hue`` [B]; ``object``, ``mirror`` and ``turn`` [B]: which objects,
+    whether mirrored in x, and then turned by how many quarter turns. ``with_latents`` those too, a SparseTensor [N, C];
+    ``with_voxels`` their ``coords`` [N, 4]. V differs from batch to batch, 1 to ``views`` at random, and the views of
+    an object differ; the first one decides the frame.
     """
 
     def __init__(
-        self, data: SplitData, grid_size: int, frame: str, *, with_latents: bool = False, with_voxels: bool = False
+        self,
+        data: SplitData,
+        grid_size: int,
+        frame: str,
+        *,
+        views: int = 1,
+        with_latents: bool = False,
+        with_voxels: bool = False,
     ) -> None:
         super().__init__(data)
-        self.grid_size, self.frame = grid_size, frame
+        self.grid_size, self.frame, self.views = grid_size, frame, views
         self.with_latents, self.with_voxels = with_latents, with_voxels
 
     def make(self, objects: Int[Tensor, " B"], generator: torch.Generator) -> Batch:
         data, count = self.data, len(objects)
-        view = _integers(data.num_pictures("condition"), count, generator)
-        azimuth = data.table("condition_azimuth", objects, view)
+        view = self._views(count, generator)
+        azimuth = data.table("condition_azimuth", objects, view[:, 0])
         if self.with_latents:
             variant = _integers(data.num_variants(), count, generator)
             hue, mirror = data.variants(objects, variant)
@@ -139,13 +147,14 @@ class ConditionBatches(ObjectBatches):
         turn = torch.zeros_like(mirror)
         if self.frame == "view-snapped":
             turn = (-(azimuth / 90).round().long()) % 4
+        shown = view.shape[1]
+        pictures = data.pictures("condition", objects.repeat_interleave(shown), view.flatten())
         result: Batch = {
-            "condition": flip_where(data.pictures("condition", objects, view), mirror),
+            "condition": flip_where(pictures, mirror.repeat_interleave(shown)).unflatten(0, view.shape),
             "hue": hue,
             "object": objects.to(azimuth.device),
             "mirror": mirror,
             "turn": turn,
-            "seed": generator.initial_seed(),
         }
         if self.with_latents or self.with_voxels:
             coords, batch = data.voxels(objects)
@@ -154,6 +163,13 @@ class ConditionBatches(ObjectBatches):
             latents = data.rows("latents", objects, variant, turn).float()
             result["latents"] = sparse(latents, result.pop("coords"), self.grid_size, count)
         return result
+
+    def _views(self, count: int, generator: torch.Generator) -> Int[Tensor, "B V"]:
+        available = self.data.num_pictures("condition")
+        if self.views == 1:
+            return _integers(available, count, generator)[:, None]
+        shown = 1 + int(_integers(min(self.views, available), 1, generator))
+        return torch.rand(count, available, generator=generator).argsort(dim=1)[:, :shown]
 
 
 def sparse(rows: Float[Tensor, "N C"], coords: Int[Tensor, "N 4"], grid_size: int, batch_size: int) -> SparseTensor:

@@ -26,10 +26,23 @@ class TrainConfig(BaseModel):
         options: settings of the stage itself (loss weights, augmentation).
         steps: length of the schedule.
         max_minutes: wall-clock budget; the schedule ends there if that comes before ``steps``.
-        batch_size: objects (or pictures) a step and process.
+        batch_size: objects (or pictures) a step and process; with ``max_voxels`` the most that a batch may have.
+        max_voxels: objects are packed into batches of at most so many voxels, so that memory stays the same from step
+            to step; larger objects are left out.
+        accumulate: batches a step and process whose gradients are averaged; the global batch is this times the number
+            of processes.
+        sharding: "fsdp2" splits parameters, gradients, averages and optimizer states over the processes; "none" keeps
+            all of them in each (DDP). Checkpoints are the same, and either goes on from the other's.
+        gradient_checkpointing: blocks are computed again in the backward instead of keeping what is inside them.
         compile: torch.compile on CUDA for what sees the same shapes in every step; takes half a minute at the start.
         optimizer: "muon" updates the matrices inside the blocks by Muon and the rest by AdamW.
+        gradient_clip: the longest gradient.
+        clip_percentile: adaptive clipping: the longest gradient is besides this percentile of the last ``clip_window``
+            (TRELLIS: 95 of 1000); None leaves it out.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
+        sample_every: steps between sheets of pictures of what the averaged weights make, ``out/samples``; None: none.
+        trackers: "tensorboard" (files in ``out/tensorboard``) and "wandb" get the figures and the sheets.
+        keep_checkpoints: the last so many stay; a damaged one falls back to the one before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,19 +61,28 @@ class TrainConfig(BaseModel):
     steps: int = Field(default=10_000, ge=1)
     max_minutes: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=32, ge=1)
+    max_voxels: int | None = Field(default=None, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    sharding: Literal["none", "fsdp2"] = "none"
+    gradient_checkpointing: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup_steps: int = Field(default=200, ge=0)
     final_learning_rate: float = Field(default=0.02, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    clip_percentile: float | None = Field(default=None, gt=0, le=100)
+    clip_window: int = Field(default=1000, ge=1)
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
     device: str | None = None
     log_every: int = Field(default=50, ge=1)
     validate_every: int = Field(default=500, ge=1)
+    sample_every: int | None = Field(default=None, ge=1)
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     checkpoint_every: int = Field(default=2000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
 
     @property
     def is_streaming(self) -> bool:

@@ -7,6 +7,7 @@ on at any step, with any number of processes and of threads that read ahead.
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from diff2to3.data._objects import Objects, open_objects
 from diff2to3.data._store import decode_png
 from diff2to3.data._tensor_file import DamagedFileError
 from diff2to3.train._config import TrainConfig
+from diff2to3.train._packing import Packing
 
 _PICTURE_ERRORS = (OSError, ValueError, SyntaxError)  # what Pillow raises for a damaged PNG file
 T = TypeVar("T")
@@ -62,21 +64,44 @@ class SplitData(ABC):
     def __len__(self) -> int:
         return len(self.objects)
 
-    def draw(self, step: int, without: frozenset[int] = frozenset()) -> tuple[Int[Tensor, " B"], torch.Generator]:
-        """Objects of a step, and the generator of everything else that is random in its batch.
+    def draw(self, item: int, without: frozenset[int] = frozenset()) -> tuple[Int[Tensor, " B"], torch.Generator]:
+        """Objects of an item, and the generator of everything else that is random in its batch.
 
         Whole passes over the split, each in its own order, so that every object is seen equally often. Objects
-        ``without`` which the batch is to be made give their places to the ones after them.
+        ``without`` which the batch is to be made give their places to the ones after them; where voxels are counted
+        their places stay empty.
         """
-        size, count = self.config.batch_size, len(self)
-        epochs = range(step * size // count, (step * size + size - 1) // count + 1)
-        orders = np.concatenate([_order(self.config.seed, epoch, count) for epoch in epochs])
-        first = step * size - epochs[0] * count
-        chosen = orders[first : first + size]
+        chosen = self._in_turn(item) if self.config.max_voxels is None else self._packing[item]
+        if self.config.max_voxels is not None and not without.issuperset(chosen.tolist()):
+            chosen = chosen[~np.isin(chosen, list(without))]
         while without and (lost := np.isin(chosen, list(without))).any():
-            chosen = np.where(lost, (chosen + 1) % count, chosen)
-        [state] = np.random.SeedSequence([self.config.seed, step]).generate_state(1, np.uint64)
+            chosen = np.where(lost, (chosen + 1) % len(self), chosen)
+        [state] = np.random.SeedSequence([self.config.seed, item]).generate_state(1, np.uint64)
         return torch.from_numpy(chosen), torch.Generator().manual_seed(int(state) >> 1)
+
+    def _in_turn(self, item: int) -> np.ndarray:
+        size, count = self.config.batch_size, len(self)
+        epochs = range(item * size // count, (item * size + size - 1) // count + 1)
+        orders = np.concatenate([_order(self.config.seed, epoch, count) for epoch in epochs])
+        first = item * size - epochs[0] * count
+        return orders[first : first + size]
+
+    @cached_property
+    def _packing(self) -> Packing:
+        budget = self.config.max_voxels
+        assert budget is not None
+        packing = Packing(self.num_voxels(), budget, self.config.batch_size, self.config.seed)
+        if not len(packing.fitting):
+            raise InputError(f"max_voxels: {budget} is less than any of {len(self)} objects has")
+        if left_out := len(self) - len(packing.fitting):
+            print(
+                f"train: {left_out} of {len(self)} objects have over {budget} voxels and are left out", file=sys.stderr
+            )
+        return packing
+
+    @abstractmethod
+    def num_voxels(self) -> Int[np.ndarray, " n"]:
+        """Surface voxels of every object of the split."""
 
     @abstractmethod
     def num_pictures(self, kind: str) -> int:
@@ -125,6 +150,9 @@ class HeldData(SplitData):
         super().__init__(objects, config)
         self.device = device
         self._made: dict[str, Tensor] = {}
+
+    def num_voxels(self) -> Int[np.ndarray, " n"]:
+        return self._coords.lengths.numpy()
 
     def num_pictures(self, kind: str) -> int:
         return self._stack(kind, self._all_pictures).shape[1]
@@ -237,6 +265,16 @@ class StreamedData(SplitData):
         super().__init__(objects, config)
         self._verified: dict[str, np.ndarray] = {}
         self._counts: dict[str, int] = {}
+
+    def num_voxels(self) -> Int[np.ndarray, " n"]:
+        return np.array([self._length(number) for number in range(len(self))])
+
+    def _length(self, number: int) -> int:
+        """Of one that cannot be read none: whoever draws it says so."""
+        try:
+            return self.objects.file(number, "voxels").shape("coords")[0]
+        except _PICTURE_ERRORS:
+            return 0
 
     def num_pictures(self, kind: str) -> int:
         count = self._count("render", f"{kind}_bounds") - 1

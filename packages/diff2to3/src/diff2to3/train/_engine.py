@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel
-from sparse_vae import SparseTensor
-from torch import Tensor, nn
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
+from torch import Tensor
 
-from diff2to3.train._checkpoint import Trained, load_state, read_weights, save_model, save_state
+from diff2to3._atomic import writing
+from diff2to3.train._ahead import Ahead, ReadAhead
+from diff2to3.train._average import Average, Clip
+from diff2to3.train._checkpoint import read_weights, save_model
 from diff2to3.train._config import TrainConfig
+from diff2to3.train._log import Log, Meter, count_flops, peak_flops
 from diff2to3.train._optimizer import make_optimizers
-
-Batch = dict[str, Any]
-
-
-class Batches(Protocol):
-    """Item ``step`` is the whole batch of that step, a function of (seed, step) alone.
-
-    That makes resuming trivial: the run continues with item ``step``. It is on the training device, or on the CPU when
-    it was streamed.
-    """
-
-    def __getitem__(self, step: int) -> Batch: ...
-
-
-class Stage(Trained):
-    """One thing to train: a ``model`` with its loss. Frozen helpers are other submodules with ``requires_grad`` off."""
-
-    model_config: BaseModel
-
-    def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
-        """The data of a split; raises LookupError if that is empty."""
-        raise NotImplementedError("abstract: a stage says what it trains on")
-
-    def prepare(self, batch: Batch) -> None:
-        """Derives from a batch what its forward needs and what would make the host wait for the device there."""
-
-    def static_modules(self) -> list[nn.Module]:
-        """Modules whose input shapes are the same in every step, so that compiling them pays."""
-        return []
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and figures to log, of a batch already on the device."""
-        raise NotImplementedError("abstract: a stage says what it minimises")
-
-    def finish(self) -> tuple[BaseModel, dict[str, Tensor]]:
-        """Config and weights to keep, called once with the averaged weights in ``model``."""
-        return self.model_config, self.model.state_dict()
+from diff2to3.train._parallel import gather_back, gather_root, make_accelerator, recompute_blocks, whole
+from diff2to3.train._stage import Batch, Stage, to_device
+from diff2to3.train._state import Checkpoints
 
 
 class Schedule:
@@ -75,201 +43,244 @@ class Schedule:
         return self.config.learning_rate * warm * cosine
 
 
-def train(stage: Stage, config: TrainConfig, resume: bool = False) -> dict[str, float]:
-    """Runs a stage to the end of its schedule and writes ``config.out/model``; returns the last logged figures."""
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=config.device == "cpu"
-    )
-    torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True  # picture and grid sizes stay the same for a whole run
-    if config.init is not None:
-        stage.model.load_state_dict(read_weights(config.init))
-    stage.to(accelerator.device)
-    if config.compile and accelerator.device.type == "cuda":
-        for module in stage.static_modules():
-            module.compile()
-    parameters = [p for p in stage.model.parameters() if p.requires_grad]
-    optimizers = make_optimizers(stage.model, config, fused=accelerator.device.type == "cuda")
-    average = torch.optim.swa_utils.AveragedModel(stage.model, multi_avg_fn=_ema(config.ema_decay), use_buffers=False)
-    checkpoint = config.out / "checkpoint"
-    step, spent = 0, 0.0
-    if resume and checkpoint.is_dir():
-        meta = load_state(checkpoint, stage, average, optimizers)
-        step, spent = meta["step"], meta["seconds"]
-        accelerator.print(f"resumed {checkpoint} at step {step}")
-    wrapped, *steppers = accelerator.prepare(stage, *optimizers)
-    schedule, log = Schedule(config), _Log(config.out, accelerator.is_main_process)
-    batches, validation = (
-        stage.batches(config, config.split, accelerator.device),
-        _validation_batch(stage, config, accelerator),
-    )
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    if config.is_streaming:
-        batches = ReadAhead(batches, accelerator.device, ranks, config.workers)
-    ahead = _Ahead(stage, batches, accelerator.device)
-    ahead.prepare(step * ranks + rank)  # reads the data into memory, so that the clock does not count it
-    started, figures = time.monotonic() - spent, {}
-    while step < config.steps:
-        batch = ahead.take()
-        seconds = time.monotonic() - started
-        rate = schedule.learning_rate(step, seconds)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
-        loss, values = wrapped(batch)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(parameters, config.gradient_clip)
-        for stepper in steppers:
-            stepper.step()
-            stepper.zero_grad(set_to_none=True)
-        ahead.prepare((step + 1) * ranks + rank)
-        average.update_parameters(stage.model)
-        step += 1
-        done = schedule.progress(step, seconds) >= 1
-        if step % config.log_every == 0 or step == 10 or done:
-            figures = {"loss": float(loss.detach()), "norm": float(norm)} | {
-                k: float(v.detach()) for k, v in values.items()
-            }
-            if not math.isfinite(figures["loss"]):
-                raise RuntimeError(
-                    f"step {step}: the loss is {figures['loss']}; the last checkpoint is in {checkpoint}"
-                )
-            log(step, seconds, {"rate": rate} | figures)
-        if validation is not None and (step % config.validate_every == 0 or done):
-            figures |= _validate(stage, average, validation, config, accelerator)
-            log(step, seconds, {k: v for k, v in figures.items() if k.startswith("val_")})
-        if (step % config.checkpoint_every == 0 or done) and accelerator.is_main_process:
-            meta = {"step": step, "seconds": time.monotonic() - started}
-            save_state(checkpoint, stage, average, optimizers, meta)
-        if done:
-            break
-    if accelerator.is_main_process:
-        stage.model.load_state_dict(average.module.state_dict())
-        stage.eval()
-        with torch.no_grad():
-            save_model(config.out / "model", *stage.finish())
-    return figures
-
-
-class ReadAhead:
-    """Items of batches that are read from disk, made by threads before they are asked for and moved to a device.
+def train(
+    stage: Stage, config: TrainConfig, resume: bool = False, on_step: Callable[[int], None] | None = None
+) -> dict[str, float]:
+    """Runs a stage to the end of its schedule and writes ``config.out/model``; returns the last logged figures.
 
     Args:
-        batches: make their items on the CPU.
-        device: where items are wanted.
-        stride: items are asked for in steps of it (the number of processes).
-        workers: threads; twice as many items are made ahead, which bounds the memory.
+        stage: built for `config`.
+        config: settings.
+        resume: go on from the last checkpoint of ``config.out``, if there is one.
+        on_step: called with the number of steps done after each of them.
     """
-
-    def __init__(self, batches: Batches, device: torch.device, stride: int, workers: int) -> None:
-        self.batches, self.device, self.stride, self.depth = batches, device, stride, 2 * workers
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="read-ahead")
-        self.made: dict[int, Future[Batch]] = {}
-
-    def __getitem__(self, index: int) -> Batch:
-        due = range(index, index + self.stride * self.depth, self.stride)
-        for stale in self.made.keys() - set(due):
-            self.made.pop(stale).cancel()
-        for item in due:
-            if item not in self.made:
-                self.made[item] = self.pool.submit(self.batches.__getitem__, item)
-        return to_device(self.made.pop(index).result(), self.device)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
-    return {k: v.to(device) if isinstance(v, (Tensor, SparseTensor)) else v for k, v in batch.items()}
-
-
-class _Ahead:
-    """The next batch, prepared on a stream of its own while the device still works on this one.
-
-    Sizes of sparse batches reach the host while they are made. On the main stream each such read would wait for all
-    work in the queue, and the device would then wait for the host.
-    """
-
-    def __init__(self, stage: Stage, batches: Batches, device: torch.device) -> None:
-        self.stage, self.batches = stage, batches
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.batch: Batch = {}
-        self.used: tuple[torch.cuda.Event, Batch] | None = None
-
-    def prepare(self, index: int) -> None:
-        """Makes item ``index``; called when all work on the item taken last is in the queue."""
-        if self.stream is None:
-            self.batch = self._make(index)
-            return
-        if self.used is not None:  # memory of the item before the last is reused here: the device is done with it first
-            self.used[0].wait(self.stream)
-        finished = torch.cuda.Event()
-        finished.record()
-        self.used = finished, self.batch
-        with torch.cuda.stream(self.stream):
-            self.batch = self._make(index)
-
-    def take(self) -> Batch:
-        """The prepared item, on the main stream."""
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
-        return self.batch
-
-    def _make(self, index: int) -> Batch:
-        with torch.no_grad():
-            batch = self.batches[index]
-            self.stage.prepare(batch)
-        return batch
-
-
-def _ema(decay: float):
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        warm = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(averaged, current, 1 - warm)
-
-    return update
-
-
-def _validation_batch(stage: Stage, config: TrainConfig, accelerator: Accelerator) -> Batch | None:
+    run = _Run(stage, config, resume)
     try:
-        batch = stage.batches(config, "val", accelerator.device)[0]
+        run.to_the_end(on_step)
+    finally:
+        run.close()
+    return run.figures
+
+
+class _Run:
+    """A stage with all that changes while it trains.
+
+    Items are dealt out in turn: of R processes, process r takes items next + r, next + r + R, ... of a step's
+    R * accumulate. So a step's items depend on that product alone, not on how it is made up.
+    """
+
+    def __init__(self, stage: Stage, config: TrainConfig, resume: bool) -> None:
+        self.stage, self.config = stage, config
+        self.accelerator = make_accelerator(config, stage)
+        device = self.accelerator.device
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True  # picture and grid sizes stay the same for a whole run
+        if config.init is not None:
+            stage.model.load_state_dict(read_weights(config.init))
+        stage.to(device)
+        self.batches = stage.batches(config, config.split, device)
+        flops = self._flops()
+        if config.gradient_checkpointing:
+            recompute_blocks(stage.model)
+        if config.compile and device.type == "cuda":
+            for module in stage.static_modules():
+                module.compile()
+        self.optimizers = make_optimizers(stage.model, config, fused=device.type == "cuda")
+        self.wrapped, *self.steppers = self.accelerator.prepare(stage, *self.optimizers)
+        self.average = Average(stage.model, config.ema_decay)
+        parameters = [p for p in stage.model.parameters() if p.requires_grad]
+        self.clip = Clip(parameters, config.gradient_clip, config.clip_percentile, config.clip_window, device)
+        self.checkpoints = Checkpoints(config.out, config.keep_checkpoints, self.accelerator)
+        self.step, self.item, spent = 0, 0, 0.0
+        if resume:
+            meta = self.checkpoints.load(stage, self.average, self.optimizers, self.clip)
+            if meta is not None:
+                self.step, self.item, spent = meta["step"], meta["item"], meta["seconds"]
+                self.accelerator.print(f"resumed at step {self.step}")
+        self.schedule, self.log = Schedule(config), Log(config, self.accelerator)
+        self.validation = _validation_batch(stage, config, device)
+        self.read_ahead: ReadAhead | None = None
+        if config.is_streaming:
+            self.batches = self.read_ahead = ReadAhead(self.batches, device, self._following, config.workers)
+        self.ahead = Ahead(stage, self.batches, device)
+        self.next = self.item + self.accelerator.process_index
+        if self.schedule.progress(self.step, spent) < 1:
+            self.ahead.prepare(self.next)  # reads the data into memory, so that the clock does not count it
+        self.clock = _Clock(self.accelerator, spent, shared=config.max_minutes is not None)
+        self.meter = Meter(flops, self.accelerator)
+        self.figures: dict[str, float] = {}
+
+    def to_the_end(self, on_step: Callable[[int], None] | None = None) -> None:
+        """All steps that are left, and the model folder."""
+        config, done = self.config, self.schedule.progress(self.step, self.clock.read()) >= 1
+        while not done:
+            seconds = self.clock.read(self.step)
+            rate = self.schedule.learning_rate(self.step, seconds)
+            loss, values, norm = self._update(rate)
+            self.step += 1
+            done = self.schedule.progress(self.step, seconds) >= 1
+            if self.step % config.log_every == 0 or self.step == 10 or done:
+                self._report(seconds, rate, loss, norm, values)
+            if self.validation is not None and (self.step % config.validate_every == 0 or done):
+                self._validate(seconds, self.validation)
+            if config.sample_every is not None and (self.step % config.sample_every == 0 or done):
+                self._sample()
+            if self.step % config.checkpoint_every == 0 or done:
+                meta = {"step": self.step, "item": self.item, "seconds": self.clock.read()}
+                gather_back(self.stage)
+                self.checkpoints.save(self.stage, self.average, self.optimizers, self.clip, meta)
+            if on_step is not None:
+                on_step(self.step)
+        self._finish()
+
+    def close(self) -> None:
+        """Ends the threads and the trackers."""
+        if self.read_ahead is not None:
+            self.read_ahead.close()
+        self.accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)  # so that another run can have other settings
+
+    def _update(self, rate: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """A step of the optimizers: loss and figures of its last batch, length of the gradient."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
+        count, losses = self.config.accumulate, []
+        for turn in range(count):
+            batch = self.ahead.take()
+            # What draws from the global generator (dropout of somebody's model) repeats in a resumed run as well.
+            torch.manual_seed(batch["seed"])
+            if turn < count - 1:
+                with self.accelerator.no_sync(self.wrapped):
+                    loss, values = self._backward(batch)
+                self._prepare_next()
+            else:
+                loss, values = self._backward(batch)
+            losses.append(loss.detach())
+            self.meter.count(batch)
+        norm = self.clip()
+        for stepper in self.steppers:
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+        self._prepare_next()
+        self.average.update()
+        self.meter.steps += 1
+        self.item += count * self.accelerator.num_processes
+        return torch.stack(losses).mean(), values, norm
+
+    def _backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.accelerator.autocast():
+            loss, values = self.wrapped(batch)
+        self.accelerator.backward(loss / self.config.accumulate)
+        return loss, values
+
+    def _following(self, item: int) -> int:
+        """This process's item after one: the items are those of its number, modulo the number of processes."""
+        return item + self.accelerator.num_processes
+
+    def _prepare_next(self) -> None:
+        self.next = self._following(self.next)
+        self.ahead.prepare(self.next)
+
+    def _report(self, seconds: float, rate: float, loss: Tensor, norm: Tensor, values: dict[str, Tensor]) -> None:
+        """Logs figures, means over the processes; all of them stop when one's loss is not finite."""
+        names = ["loss", *values]
+        stacked = torch.stack([loss, *values.values()]).detach().float()
+        means = self.accelerator.reduce(stacked, "mean").tolist()  # waits for the device, so that the speed is true
+        self.figures = {**dict(zip(names, means, strict=True)), "norm": float(norm)}
+        if not math.isfinite(self.figures["loss"]):
+            raise RuntimeError(
+                f"step {self.step}: the loss is {self.figures['loss']}; checkpoints are in {self.checkpoints.folder}"
+            )
+        self.log(self.step, seconds, {"rate": rate} | self.figures | self.meter.read())
+
+    def _validate(self, seconds: float, batch: Batch) -> None:
+        """Figures of one fixed batch under the averaged weights; its seed keeps the noise the same."""
+        with _evaluating(self):
+            loss, values = self.stage(batch)
+        found = {f"val_{k}": float(v) for k, v in ({"loss": loss} | values).items()}
+        self.figures |= found
+        self.log(self.step, seconds, found)
+
+    def _sample(self) -> None:
+        batch = self.validation or to_device(self.batches[self.next], self.accelerator.device)
+        with _evaluating(self):
+            pictures = self.stage.sample(batch)
+        if pictures is not None:
+            self.log.pictures(self.step, pictures)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Writes the model folder; the averaged weights stay in the model."""
+        stage = self.stage
+        self.accelerator.wait_for_everyone()
+        gather_back(stage)
+        self.average.swap()
+        stage.eval()
+        gather_root(stage)
+        config, weights = stage.finish()
+        gather_back(stage)
+        gathered = {name: whole(value) for name, value in weights.items()}
+        if self.accelerator.is_main_process:
+            with writing(self.config.out / "model"):
+                save_model(self.config.out / "model", config, gathered)
+
+    def _flops(self) -> float | None:
+        """What `count_flops` finds for the first batch, on devices whose speed is known."""
+        if peak_flops(self.accelerator.device) is None:
+            return None
+        batch = to_device(self.batches[0], self.accelerator.device)
+        self.stage.prepare(batch)
+        try:
+            with self.accelerator.autocast():
+                return count_flops(self.stage, batch)
+        except torch.OutOfMemoryError:  # the plain implementations need more
+            return None
+
+
+class _Clock:
+    """Seconds of a run. Where they decide about learning rate and end, all processes go by the main one's."""
+
+    EVERY = 10  # steps between two looks at the main process's
+
+    def __init__(self, accelerator: Accelerator, spent: float, shared: bool) -> None:
+        self.accelerator = accelerator
+        self.shared = shared and accelerator.num_processes > 1
+        self.start = time.monotonic() - spent
+        self.agreed = spent
+
+    def read(self, step: int | None = None) -> float:
+        """At a step, the same in all processes; without one, this process's."""
+        seconds = time.monotonic() - self.start
+        if step is None or not self.shared:
+            return seconds
+        if step % self.EVERY == 0:
+            told = torch.tensor([seconds], dtype=torch.float64, device=self.accelerator.device)
+            self.agreed = float(broadcast(told))
+        return self.agreed
+
+
+@contextmanager
+def _evaluating(run: _Run) -> Iterator[None]:
+    """The averaged weights in the model, not learning, for as long as the block lasts."""
+    stage = run.stage
+    gather_back(stage)
+    stage.training = False
+    stage.model.eval()
+    try:
+        with torch.no_grad(), run.accelerator.autocast(), run.average.in_place():
+            gather_root(stage)
+            yield
+            gather_back(stage)
+    finally:
+        stage.training = True
+        stage.model.train()
+
+
+def _validation_batch(stage: Stage, config: TrainConfig, device: torch.device) -> Batch | None:
+    try:
+        batch = stage.batches(config, "val", device)[0]
     except LookupError:  # a data set without a validation split
         return None
-    batch = to_device(batch, accelerator.device)
+    batch = to_device(batch, device)
     stage.prepare(batch)
     return batch
-
-
-@torch.no_grad()
-def _validate(
-    stage: Stage,
-    average: torch.optim.swa_utils.AveragedModel,
-    batch: Batch,
-    config: TrainConfig,
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """Figures of one fixed validation batch under the averaged weights; its seed keeps the noise the same."""
-    kept = stage.model
-    stage.model, stage.training = average.module, False
-    try:
-        with accelerator.autocast():
-            loss, values = stage(batch)
-    finally:
-        stage.model, stage.training = kept, True
-    return {f"val_{k}": float(v) for k, v in ({"loss": loss.detach()} | values).items()}
-
-
-class _Log:
-    """A line a report on stdout, and the same as JSON lines in ``out/log.jsonl``."""
-
-    def __init__(self, out: Path, active: bool) -> None:
-        self.active, self.path = active, out / "log.jsonl"
-        if active:
-            out.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, step: int, seconds: float, figures: dict[str, float]) -> None:
-        if not self.active:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "seconds": round(seconds, 1)} | figures) + "\n")
-        text = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        print(f"step {step}  {seconds:.0f} s  {step / max(seconds, 1e-9):.1f} it/s  {text}", flush=True)

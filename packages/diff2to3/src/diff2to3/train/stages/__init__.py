@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 
 from diff2to3.train._config import TrainConfig
-from diff2to3.train._engine import Stage
+from diff2to3.train._stage import Stage
 
 STAGES = {
     "autoencoder": "autoencoder:AutoencoderStage",

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from gs_render.metrics import LPIPS, psnr
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sparse_vae import VAELossConfig, picture_loss
 from torch import Tensor, nn
 
 from diff2to3._errors import InputError
+from diff2to3._pipeline_config import ComponentConfig
 from diff2to3.train._checkpoint import read_weights
 from diff2to3.train._config import TrainConfig
-from diff2to3.train._engine import Batch, Stage
+from diff2to3.train._stage import Batch, Stage
 
 C = TypeVar("C", bound=BaseModel)
 M = TypeVar("M", bound=nn.Module)
 
+MEASURED_BATCHES = 32
+"""Batches that the statistics of latents are taken from."""
+
 
 class Options(BaseModel):
-    """Loss weights and augmentation; a stage uses those that concern it. Defaults: TRELLIS's, see docs.
+    """Loss weights, augmentation and condition; a stage uses those that concern it. Defaults: TRELLIS's, see docs.
 
-    Without `volume_weight` it is TRELLIS's for the size of the model (`VAELossConfig.for_model`).
+    Without `volume_weight` it is TRELLIS's for the size of the model (`VAELossConfig.for_model`). `extractor` is the
+    component that makes the flows' condition, with its config; without it, `parts.features` says which one.
+    `condition_views`: a batch of the flows has one to so many pictures an object.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +48,8 @@ class Options(BaseModel):
     time_mean: float = 1.0
     time_std: float = 1.0
     p_uncond: float = 0.1
+    extractor: ComponentConfig | None = None
+    condition_views: int = Field(default=1, ge=1)
     jitter: float = 0.04
     crop: int | None = None
     color_weight: float = 0.0
@@ -49,10 +58,15 @@ class Options(BaseModel):
 
 
 def build_config(config_class: type[C], values: dict[str, Any]) -> C:
-    """A model config from ``{preset: name, field: value, ...}``."""
+    """A model config from ``{preset: name, field: value, ...}``; one without presets has fields alone."""
     values = dict(values)
-    preset = config_class.preset(values.pop("preset", "tiny"))  # type: ignore[attr-defined]
-    return config_class.model_validate(preset.model_dump() | values)
+    if (make := getattr(config_class, "preset", None)) is not None:
+        values = make(values.pop("preset", "tiny")).model_dump() | values
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors())
+        raise InputError(f"model: {problems}") from error
 
 
 class PictureStage(Stage):
@@ -80,10 +94,22 @@ def generator_of(batch: Batch, stream: int = 0) -> torch.Generator:
     return torch.Generator(tensor.device).manual_seed((batch["seed"] + stream) % 2**63)
 
 
-def statistics(moments: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel from the first two moments [2, C]."""
-    mean, square = moments.double()
+def measure(latents: Callable[[int], Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of latents [C, n] of the first `MEASURED_BATCHES` items."""
+    moments = torch.stack(
+        [
+            torch.stack([values.mean(1), values.square().mean(1)])
+            for values in (latents(item).double() for item in range(MEASURED_BATCHES))
+        ]
+    )
+    mean, square = moments.mean(0)
     return tuple(mean.tolist()), tuple((square - mean**2).clamp_min(1e-8).sqrt().tolist())
+
+
+def on_white(rgba: Tensor) -> Tensor:
+    """Pictures [..., 4, H, W] uint8 with straight alpha -> [..., 3, H, W] in [0, 1] on white."""
+    rgba = rgba.float() / 255
+    return composite(rgba[..., :3, :, :], rgba[..., 3:, :, :], torch.ones((), device=rgba.device))
 
 
 def composite(color: Tensor, alpha: Tensor, ground: Tensor) -> Tensor:

@@ -4,52 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from flux_features import FluxFeatures, FluxFeaturesConfig
-from smdit import SMDiT, SMDiTConfig, StructureFlowConfig, flow_matching_loss
-from sparse_vae import SparseTensor, SparseVAEConfig, StructureVAE, StructureVAEConfig, Topology
+from flux_features import FluxFeatures
+from gs_render import Camera, render
+from jaxtyping import Float
+from smdit import EulerSampler, SMDiT, SMDiTConfig, StructureFlowConfig, flow_matching_loss
+from sparse_vae import SparseTensor, SparseVAE, SparseVAEConfig, StructureVAE, StructureVAEConfig, Topology
 from torch import Tensor, nn
 
 from diff2to3._errors import InputError
+from diff2to3._plugins import BACKBONE, FEATURE_EXTRACTOR, FeatureExtractor, build, load_config_model, registry
 from diff2to3._progress import track
 from diff2to3.data._augment import hue_matrix, shift_hue
+from diff2to3.data._extractor import ExtractorChoice, open_extractor
 from diff2to3.train._batches import ConditionBatches, place
 from diff2to3.train._checkpoint import read_config
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._data import HeldData, open_data
-from diff2to3.train._engine import Batch, Batches
-from diff2to3.train.stages._base import PictureStage, build_config, frozen, generator_of, part
-from diff2to3.train.stages.structure_vae import dense_occupancy
+from diff2to3.train._stage import Batch, Batches
+from diff2to3.train.stages._base import PictureStage, build_config, frozen, generator_of, on_white, part
+from diff2to3.train.stages.structure_vae import dense_occupancy, from_the_front
 
+SAMPLE_STEPS = 25
+_SHOWN = 8  # objects on a sheet
 _CHUNK = 128  # objects encoded at once
 
 
 class _FlowStage(PictureStage):
-    """A flow model conditioned on the features of a picture."""
+    """A flow model conditioned on what a frozen extractor makes of pictures."""
 
-    model: SMDiT
+    model: nn.Module
+    extractor: FeatureExtractor
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        folder = part(config, "features")
-        extractor = FluxFeatures(read_config(folder, FluxFeaturesConfig)).to(memory_format=torch.channels_last)
-        self.extractor = frozen(extractor, folder)
+        choice = self.options.extractor
+        if choice is not None:
+            extractor: Any = build(FEATURE_EXTRACTOR, choice.name, choice.config)
+        else:
+            extractor = open_extractor(ExtractorChoice(source=str(part(config, "features"))))
+        if isinstance(extractor, nn.Module):
+            extractor = extractor.to(memory_format=torch.channels_last).requires_grad_(False).eval()  # type: ignore[call-overload]
+        self.extractor = extractor
+        self.token_shape = _token_shape(extractor)
+
+    def check_condition(self, channels: int) -> None:
+        """Raises an InputError unless the model takes the tokens that the extractor gives."""
+        if channels != self.token_shape[-1]:
+            raise InputError(
+                f"the extractor gives tokens of {self.token_shape[-1]} channels, the model takes {channels}; "
+                f"set model.condition_channels to {self.token_shape[-1]}"
+            )
 
     def static_modules(self) -> list[nn.Module]:
-        return [self.extractor.autoencoder.encoder] if self.extractor.config.architecture == "tiny" else []
+        extractor = self.extractor
+        is_tiny = isinstance(extractor, FluxFeatures) and extractor.config.architecture == "tiny"
+        return [extractor.autoencoder.encoder] if is_tiny else []  # type: ignore[attr-defined]
 
-    def condition(self, batch: Batch) -> Tensor:
-        """Image tokens [B, 1, h, w, C] of the condition crops, their hue turned, slightly moved in the frame."""
-        rgba = batch["condition"].float() / 255
-        premultiplied = shift_hue(rgba[:, :3], hue_matrix(batch["hue"])) * rgba[:, 3:]
+    def condition(self, batch: Batch) -> Float[Tensor, "B V rows columns C"]:
+        """Image tokens of the condition crops, their hue turned, slightly moved in the frame."""
+        shape = batch["condition"].shape[:2]
+        rgba = batch["condition"].flatten(0, 1).float() / 255
+        hue = batch["hue"].repeat_interleave(shape[1])
+        premultiplied = shift_hue(rgba[:, :3], hue_matrix(hue)) * rgba[:, 3:]
         stack = torch.cat([premultiplied, rgba[:, 3:]], 1)
         if self.training and self.options.jitter:
             stack = _jitter(stack, self.options.jitter, generator_of(batch))
+        size = self.extractor.image_size
+        if stack.shape[-1] != size:
+            stack = F.interpolate(stack, (size, size), mode="bilinear", antialias=True)
         picture = stack[:, :3] + 1 - stack[:, 3:]
+        own = getattr(self.extractor, "condition", None)
         with torch.no_grad():
-            return self.extractor.tokens(self.extractor(picture))[:, None].float()
+            tokens = self.extractor.tokens(self.extractor(picture)) if own is None else own(picture)
+        return tokens.unflatten(0, shape).float()
 
     def flow_loss(self, latents: SparseTensor, batch: Batch) -> Tensor:
         """The flow-matching loss of normalised latents under the batch's conditions."""
@@ -68,14 +99,15 @@ class _FlowStage(PictureStage):
 class FlowStage(_FlowStage):
     """SMDiT over the 2to3-VAE's latents (paper, sections 3.2 and 3.3)."""
 
-    model_config: SMDiTConfig
+    model_config: Any
     mean: Tensor
     std: Tensor
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        self.model_config = build_config(SMDiTConfig, config.model)
-        self.model = SMDiT(self.model_config)
+        self.config = config
+        self.model_config, self.model = _build_backbone(config.model)
+        self.check_condition(self.model_config.condition_channels)
         vae = read_config(part(config, "vae"), SparseVAEConfig)
         if vae.latent_mean is None or vae.latent_std is None:
             raise InputError(f"{config.parts['vae']}: latent statistics are missing; run `diff2to3 data latents` first")
@@ -84,23 +116,42 @@ class FlowStage(_FlowStage):
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
         data = open_data(config, split, ("render", "voxels", "features", "latents"), device)
-        return ConditionBatches(data, self.model_config.grid_size, self.options.frame, with_latents=True)
+        options = self.options
+        return ConditionBatches(
+            data, self.model_config.grid_size, options.frame, views=options.condition_views, with_latents=True
+        )
 
     def prepare(self, batch: Batch) -> None:
-        rows, columns = (
-            side // (self.extractor.stride * self.extractor.patch) for side in batch["condition"].shape[-2:]
-        )
-        self.model.prepare(batch["latents"].topology, (1, rows, columns))
+        if (derive := getattr(self.model, "prepare", None)) is not None:  # not part of what a backbone has to have
+            derive(batch["latents"].topology, (batch["condition"].shape[1], *self.token_shape[:2]))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latents = batch["latents"]
         latents = latents.replace((latents.features - self.mean) / self.std)
         return self.flow_loss(latents, batch), {}
 
+    def sample(self, batch: Batch) -> Tensor:
+        """First condition pictures, and what comes of them on the true voxels, from the front."""
+        vae = SparseVAE(read_config(part(self.config, "vae"), SparseVAEConfig)).to(self.mean.device)
+        decoder = frozen(vae, part(self.config, "vae")).decoder
+        latents = batch["latents"]
+        noise = torch.randn(latents.features.shape, generator=generator_of(batch), device=self.mean.device)
+        found = EulerSampler(steps=SAMPLE_STEPS, capture=False).sample(
+            self.model, latents.replace(noise), self.condition(batch)
+        )
+        with torch.autocast(self.mean.device.type, enabled=False):
+            objects = decoder(found.replace(found.features.float() * self.std + self.mean))[:_SHOWN]
+            pictures = on_white(batch["condition"][:_SHOWN, 0])
+            camera = Camera.orbit(num_views=1, size=pictures.shape[-1])
+            gaussians = vae.config.gaussians
+            drawn = [render(g, camera, filter_2d=gaussians.filter_2d, antialias=True).color for g in objects]
+        return torch.cat([pictures, torch.cat(drawn).permute(0, 3, 1, 2)])
+
 
 class StructureFlowStage(_FlowStage):
     """The dense flow of stage 1 over the structure VAE's latents."""
 
+    model: SMDiT
     model_config: SMDiTConfig
     mean: Tensor
     std: Tensor
@@ -111,6 +162,7 @@ class StructureFlowStage(_FlowStage):
         overrides.pop("preset", None)
         self.model_config = SMDiTConfig.model_validate(preset.flow.model_dump() | overrides)
         self.model = SMDiT(self.model_config)
+        self.check_condition(self.model_config.condition_channels)
         folder = part(config, "structure_vae")
         vae = read_config(folder, StructureVAEConfig)
         if vae.latent_mean is None or vae.latent_std is None:
@@ -125,13 +177,14 @@ class StructureFlowStage(_FlowStage):
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
         data = open_data(config, split, ("render", "voxels"), device)
+        frame, views = self.options.frame, self.options.condition_views
         if isinstance(data, HeldData):
-            return _EncodedBatches(ConditionBatches(data, self.vae_grid, self.options.frame), self._encode)
-        return ConditionBatches(data, self.vae_grid, self.options.frame, with_voxels=True)
+            return _EncodedBatches(ConditionBatches(data, self.vae_grid, frame, views=views), self._encode)
+        return ConditionBatches(data, self.vae_grid, frame, views=views, with_voxels=True)
 
     def prepare(self, batch: Batch) -> None:
         if "latents" not in batch:
-            batch["latents"] = self._encode(batch["coords"], len(batch["hue"])).half()
+            batch["latents"] = self._encode(batch["coords"], batch["batch_size"]).half()
 
     @torch.no_grad()
     def _encode(self, coords: Tensor, batch_size: int) -> Tensor:
@@ -142,10 +195,26 @@ class StructureFlowStage(_FlowStage):
         return (mean.float() - self.mean) / self.std
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        latents = batch["latents"].float()
+        return self.flow_loss(self._on_grid(batch["latents"].float()), batch), {}
+
+    def sample(self, batch: Batch) -> Tensor:
+        """First condition pictures, true voxels from the front, and those that come of the pictures."""
+        true = batch["latents"].float()
+        noise = torch.randn(true.shape, generator=generator_of(batch), device=true.device)
+        sampler = EulerSampler(steps=SAMPLE_STEPS, capture=False)
+        rows = sampler.sample(self.model, self._on_grid(noise), self.condition(batch)).features.float()
+        found = rows.unflatten(0, (len(true), -1)).transpose(1, 2).reshape(true.shape)
+        pictures = on_white(batch["condition"][:_SHOWN, 0])
+        grids = [
+            from_the_front((self.vae.decode(latents[:_SHOWN] * self.std + self.mean) > 0).float())
+            for latents in (true, found)
+        ]
+        side = list(pictures.shape[-2:])
+        return torch.cat([pictures, *(F.interpolate(grid, side) for grid in grids)])
+
+    def _on_grid(self, latents: Float[Tensor, "B C n n n"]) -> SparseTensor:
         topology = self._grid(len(latents), latents.shape[-1], latents.device)
-        rows = latents.flatten(2).transpose(1, 2).reshape(-1, latents.shape[1])
-        return self.flow_loss(SparseTensor(rows, topology), batch), {}
+        return SparseTensor(latents.flatten(2).transpose(1, 2).reshape(-1, latents.shape[1]), topology)
 
     def static_modules(self) -> list[nn.Module]:
         return [*super().static_modules(), *self.model.double_blocks, *self.model.single_blocks]
@@ -178,6 +247,34 @@ class _EncodedBatches:
     def __getitem__(self, step: int) -> Batch:
         batch = self.batches[step]
         return batch | {"latents": self.table[batch["object"], batch["mirror"], batch["turn"]]}
+
+
+def _build_backbone(values: dict[str, Any]) -> tuple[Any, nn.Module]:
+    """Config and model of ``{name: smdit, preset: ..., field: value, ...}``; any installed backbone may be named."""
+    values = dict(values)
+    name = values.pop("name", "smdit")
+    config_class = load_config_model(registry().find(BACKBONE, name))
+    if config_class is None:
+        raise InputError(f"model: the backbone {name!r} has no config model, which training keeps with its weights")
+    config = build_config(config_class, values)
+    model = build(BACKBONE, name, config.model_dump())
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: the backbone {name!r} is a {type(model).__name__}, expected a torch.nn.Module")
+    return config, model
+
+
+@torch.no_grad()
+def _token_shape(extractor: FeatureExtractor) -> tuple[int, int, int]:
+    """Rows, columns and channels of the condition tokens of a picture."""
+    size = extractor.image_size
+    own = getattr(extractor, "condition", None)
+    if own is not None:
+        tokens = own(torch.zeros(1, 3, size, size))
+    else:
+        side = size // extractor.stride
+        tokens = extractor.tokens(torch.zeros(1, extractor.channels, side, side))
+    rows, columns, channels = tokens.shape[1:]
+    return rows, columns, channels
 
 
 def _jitter(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:

@@ -12,11 +12,8 @@ from torch import Tensor
 from diff2to3.train._batches import OccupancyBatches
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._data import open_data
-from diff2to3.train._engine import Batch, Batches
-from diff2to3.train.stages._base import PictureStage, build_config, generator_of, statistics
-
-MEASURED_BATCHES = 32
-"""Batches that the statistics of the latents are taken from."""
+from diff2to3.train._stage import Batch, Batches, to_device
+from diff2to3.train.stages._base import PictureStage, build_config, generator_of, measure
 
 
 class StructureVAEStage(PictureStage):
@@ -50,17 +47,23 @@ class StructureVAEStage(PictureStage):
         loss = dice + self.options.bce_weight * bce + self.options.kl_weight * divergence
         return loss, {"dice": dice.detach(), "iou": iou.float().mean(), "kl": divergence.detach()}
 
+    def sample(self, batch: Batch) -> Tensor:
+        """Occupancy of the batch's first objects from the front, and what the model makes of it."""
+        true = dense_occupancy(batch["coords"], batch["batch_size"], self.model_config.grid_size)[:8]
+        found = self.model.decode(self.model.encode(true)[0]) > 0
+        return torch.cat([from_the_front(true), from_the_front(found.float())])
+
     def finish(self) -> tuple[BaseModel, dict[str, Tensor]]:
         """Adds the statistics of the latents: of the weights that are kept, on batches of the training split."""
         device = next(self.model.parameters()).device
         batches = self.batches(self.config, self.config.split, device)
-        moments = torch.zeros(2, self.model_config.latent_channels, dtype=torch.float64, device=device)
-        for step in range(MEASURED_BATCHES):
-            batch = batches[step]
-            coords = batch["coords"].to(device)
-            latents = self.model.encode(dense_occupancy(coords, batch["batch_size"], self.model_config.grid_size))[0]
-            moments += torch.stack([latents.double().mean((0, 2, 3, 4)), latents.double().square().mean((0, 2, 3, 4))])
-        mean, std = statistics(moments / MEASURED_BATCHES)
+
+        def latents(item: int) -> Tensor:
+            batch = to_device(batches[item], device)
+            occupancy = dense_occupancy(batch["coords"], batch["batch_size"], self.model_config.grid_size)
+            return self.model.encode(occupancy)[0].transpose(0, 1).flatten(1)
+
+        mean, std = measure(latents)
         return self.model_config.model_copy(update={"latent_mean": mean, "latent_std": std}), self.model.state_dict()
 
 
@@ -70,3 +73,10 @@ def dense_occupancy(coords: Int[Tensor, "N 4"], batch_size: int, grid_size: int)
     occupancy = torch.zeros(batch_size, 1, grid_size, grid_size, grid_size, device=b.device)
     occupancy[b, 0, x, y, z] = 1.0
     return occupancy
+
+
+def from_the_front(occupancy: Float[Tensor, "B 1 n n n"]) -> Float[Tensor, "B 3 n n"]:
+    """Grids as seen from -y: brightness is nearness of the first voxel, black where there is none."""
+    depth = torch.linspace(1, 0.3, occupancy.shape[3], device=occupancy.device)[:, None]
+    nearness = (occupancy[:, 0] * depth).amax(2)  # [B, x, z]
+    return nearness.transpose(1, 2).flip(1)[:, None].expand(-1, 3, -1, -1)

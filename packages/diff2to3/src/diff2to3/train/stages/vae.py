@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from gs_render import Camera, render_batch
+from gs_render import Camera, Gaussians, render_batch
 from gs_render.metrics import psnr
 from sparse_vae import SparseVAE, SparseVAEConfig, VAELossConfig, vae_loss
 from torch import Tensor
@@ -13,7 +13,7 @@ from diff2to3.train._batches import ViewBatches
 from diff2to3.train._checkpoint import read_config, read_weights
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._data import open_data
-from diff2to3.train._engine import Batch, Batches
+from diff2to3.train._stage import Batch, Batches
 from diff2to3.train.stages._base import PictureStage, build_config, composite, generator_of
 
 
@@ -51,8 +51,14 @@ class VAEStage(PictureStage):
         rgba = batch["image"].float() / 255
         ground = (torch.rand(len(rgba), 1, generator=generator, device=rgba.device) < 0.5).float().expand(-1, 3)
         target = composite(shift_hue(rgba[:, :3], hue_matrix(batch["hue"])), rgba[:, 3:], ground[..., None, None])
-        size = rgba.shape[-1]
-        with torch.autocast(rgba.device.type, enabled=False):
+        image = self._draw(objects, batch, ground)
+        loss, terms = vae_loss(image, target, objects, mean.features, logvar.features, self.weights, self.lpips)
+        return loss, {"psnr": psnr(image.detach(), target).mean()} | terms
+
+    def _draw(self, objects: list[Gaussians], batch: Batch, ground: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] of the objects from the batch's cameras on grounds [B, 3]."""
+        size = batch["image"].shape[-1]
+        with torch.autocast(ground.device.type, enabled=False):
             drawn = render_batch(
                 objects,
                 Camera(batch["pose"], batch["intrinsics"], size, size),
@@ -60,6 +66,11 @@ class VAEStage(PictureStage):
                 filter_2d=self.model_config.gaussians.filter_2d,
                 antialias=True,
             )
-        image = drawn.color.permute(0, 3, 1, 2)
-        loss, terms = vae_loss(image, target, objects, mean.features, logvar.features, self.weights, self.lpips)
-        return loss, {"psnr": psnr(image.detach(), target).mean()} | terms
+        return drawn.color.permute(0, 3, 1, 2)
+
+    def sample(self, batch: Batch) -> Tensor:
+        """Targets of the batch on white, and what the model makes of their objects."""
+        objects = self.model(batch["features"])[0]
+        rgba = batch["image"].float() / 255
+        target = composite(shift_hue(rgba[:, :3], hue_matrix(batch["hue"])), rgba[:, 3:], rgba.new_ones(()))
+        return torch.cat([target[:8], self._draw(objects, batch, rgba.new_ones(len(rgba), 3))[:8]])
