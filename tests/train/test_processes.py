@@ -1,4 +1,4 @@
-"""Several processes, started by Accelerate's launcher on the CPU: they learn what one does, and go on from each other."""
+"""Several processes, started by the launcher of Accelerate: they learn what one does, and go on from each other."""
 
 import json
 import subprocess
@@ -39,7 +39,9 @@ def same(one, two, **tolerance):
     first, second = (load_file(path) for path in (one, two))
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            first[name], second[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
@@ -63,6 +65,8 @@ def test_two_processes_learn_what_one_does_and_each_goes_on_from_the_other(
     one = both.model_copy(update={"accumulate": 2, "sharding": "none"})
     train(build_stage("vae", one), one, resume=True)  # of two processes, in one
     assert losses(one)[-3:] == pytest.approx(losses(alone)[-3:], rel=1e-5)
+    if sharding == "none":
+        return  # starting processes takes the time
     (alone.out / "checkpoints" / "00000006").rename(tmp_path / "taken away too")
     two = alone.model_copy(update={"accumulate": 1, "sharding": sharding})
     launch("vae", two, 2, resume=True)  # of one process, in two
@@ -71,5 +75,5 @@ def test_two_processes_learn_what_one_does_and_each_goes_on_from_the_other(
 
 def test_sharding_needs_processes(micro_config):
     config = micro_config("vae", sharding="fsdp2")
-    with pytest.raises(InputError, match="fsdp2 needs more than one process"):
+    with pytest.raises(InputError, match="fsdp2 needs several processes"):
         train(build_stage("vae", config), config)

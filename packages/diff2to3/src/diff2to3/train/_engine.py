@@ -20,7 +20,15 @@ from diff2to3.train._checkpoint import read_weights, save_model
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._log import Log, Meter, count_flops, peak_flops
 from diff2to3.train._optimizer import make_optimizers
-from diff2to3.train._parallel import gather_back, gather_root, make_accelerator, recompute_blocks, whole
+from diff2to3.train._parallel import (
+    gather_back,
+    gather_root,
+    make_accelerator,
+    recompute_blocks,
+    shard,
+    unsynchronised,
+    whole,
+)
 from diff2to3.train._stage import Batch, Stage, to_device
 from diff2to3.train._state import Checkpoints
 
@@ -71,7 +79,7 @@ class _Run:
 
     def __init__(self, stage: Stage, config: TrainConfig, resume: bool) -> None:
         self.stage, self.config = stage, config
-        self.accelerator = make_accelerator(config, stage)
+        self.accelerator = make_accelerator(config)
         device = self.accelerator.device
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True  # picture and grid sizes stay the same for a whole run
@@ -85,8 +93,12 @@ class _Run:
         if config.compile and device.type == "cuda":
             for module in stage.static_modules():
                 module.compile()
+        is_sharded = config.sharding == "fsdp2"
+        if is_sharded:
+            shard(stage, self.accelerator)
         self.optimizers = make_optimizers(stage.model, config, fused=device.type == "cuda")
-        self.wrapped, *self.steppers = self.accelerator.prepare(stage, *self.optimizers)
+        self.wrapped = stage if is_sharded else self.accelerator.prepare(stage)
+        self.steppers = [self.accelerator.prepare(optimizer) for optimizer in self.optimizers]
         self.average = Average(stage.model, config.ema_decay)
         parameters = [p for p in stage.model.parameters() if p.requires_grad]
         self.clip = Clip(parameters, config.gradient_clip, config.clip_percentile, config.clip_window, device)
@@ -150,7 +162,7 @@ class _Run:
             # What draws from the global generator (dropout of somebody's model) repeats in a resumed run as well.
             torch.manual_seed(batch["seed"])
             if turn < count - 1:
-                with self.accelerator.no_sync(self.wrapped):
+                with unsynchronised(self.wrapped):
                     loss, values = self._backward(batch)
                 self._prepare_next()
             else:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from diff2to3._errors import InputError
 from diff2to3.train._config import TrainConfig
-from diff2to3.train._stage import Stage
 
 
-def make_accelerator(config: TrainConfig, stage: Stage) -> Accelerator:
+def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's view of this process among those that its launcher (or torchrun) started.
 
     Raises:
@@ -31,34 +35,42 @@ def make_accelerator(config: TrainConfig, stage: Stage) -> Accelerator:
         cpu=config.device == "cpu",
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(str(config.out), logging_dir=str(config.out / "tensorboard")),
-        fsdp_plugin=_sharding(stage) if config.sharding == "fsdp2" else None,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if config.sharding == "fsdp2":
-        if not accelerator.is_fsdp2:
-            raise InputError(
-                "sharding: fsdp2 needs more than one process; start it with `accelerate launch` or torchrun"
-            )
+        if accelerator.num_processes == 1:
+            raise InputError("sharding: fsdp2 needs several processes; start them with `accelerate launch`")
         if config.optimizer == "muon":
             raise InputError("sharding: fsdp2 splits the matrices that muon needs whole; take optimizer: adamw")
+        if "ignored_params" not in inspect.signature(fully_shard).parameters:
+            raise InputError(f"sharding: fsdp2 needs torch 2.7 or newer, this is {torch.__version__}")
     return accelerator
 
 
-def _sharding(stage: Stage):
-    """Every block is gathered on its own. Products compute in bfloat16 by autocast, as without sharding, so parameters
-    and gradients travel in float32 and the losses are the same."""
-    from accelerate import FullyShardedDataParallelPlugin
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+def shard(stage: nn.Module, accelerator: Accelerator) -> None:
+    """Splits what learns over the processes, in place (FSDP2); optimizers are to be made afterwards.
 
-    names = sorted({type(block).__name__ for block in blocks(stage.model)})
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        mixed_precision_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
-        auto_wrap_policy="transformer_based_wrap" if names else "no_wrap",
-        transformer_cls_names_to_wrap=names,
-        ignored_modules=[module for module in stage.children() if module is not stage.model],
-        cpu_ram_efficient_loading=False,
-    )
+    PyTorch's own function, since Accelerate's asks for GPUs. Every block is gathered on its own. Products compute in
+    bfloat16 by autocast, as without sharding, so parameters and gradients travel in float32 and losses are the same.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in blocks(stage):
+        fully_shard(block, mesh=mesh)
+    fully_shard(stage, mesh=mesh, ignored_params={p for p in stage.parameters() if not p.requires_grad})
+
+
+@contextmanager
+def unsynchronised(wrapped: nn.Module) -> Iterator[None]:
+    """A backward in the block keeps its gradients to this process; the first one after it adds and averages them."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(False)
+        yield
+        wrapped.set_requires_gradient_sync(True)
+    elif isinstance(wrapped, DistributedDataParallel):
+        with wrapped.no_sync():
+            yield
+    else:
+        yield
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -103,8 +115,6 @@ def split_like(value: Tensor, example: Tensor) -> Tensor:
 
 def gather_back(stage: nn.Module) -> None:
     """Frees parameters that a forward without a backward left gathered, so that the next one sees changed ones."""
-    from torch.distributed.fsdp import FSDPModule
-
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -112,7 +122,5 @@ def gather_back(stage: nn.Module) -> None:
 
 def gather_root(stage: nn.Module) -> None:
     """Gathers parameters outside the blocks, for calls of a model's methods that do not go through the stage."""
-    from torch.distributed.fsdp import FSDPModule
-
     if isinstance(stage, FSDPModule):
         stage.unshard()
