@@ -42,6 +42,7 @@ class TrainConfig(BaseModel):
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
         sample_every: steps between sheets of pictures of what the averaged weights make, ``out/samples``; None: none.
         trackers: "tensorboard" (files in ``out/tensorboard``) and "wandb" get the figures and the sheets.
+        checkpoint_every: steps between two checkpoints, one at the end besides; None: none at all.
         keep_checkpoints: the last so many stay; a damaged one falls back to the one before.
     """
 
@@ -81,7 +82,7 @@ class TrainConfig(BaseModel):
     validate_every: int = Field(default=500, ge=1)
     sample_every: int | None = Field(default=None, ge=1)
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    checkpoint_every: int = Field(default=2000, ge=1)
+    checkpoint_every: int | None = Field(default=2000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
 
     @property

@@ -137,7 +137,7 @@ class _Run:
                 self._validate(seconds, self.validation)
             if config.sample_every is not None and (self.step % config.sample_every == 0 or done):
                 self._sample()
-            if self.step % config.checkpoint_every == 0 or done:
+            if config.checkpoint_every is not None and (self.step % config.checkpoint_every == 0 or done):
                 meta = {"step": self.step, "item": self.item, "seconds": self.clock.read()}
                 gather_back(self.stage)
                 self.checkpoints.save(self.stage, self.average, self.optimizers, self.clip, meta)

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from flux_features import FluxFeatures
 from gs_render import Camera, render
 from jaxtyping import Float
-from smdit import EulerSampler, SMDiT, SMDiTConfig, StructureFlowConfig, flow_matching_loss
+from smdit import (
+    EulerSampler,
+    SMDiT,
+    SMDiTConfig,
+    StructureDiT,
+    StructureDiTConfig,
+    StructureFlowConfig,
+    flow_matching_loss,
+)
 from sparse_vae import SparseTensor, SparseVAE, SparseVAEConfig, StructureVAE, StructureVAEConfig, Topology
 from torch import Tensor, nn
 
@@ -24,6 +32,7 @@ from diff2to3.train._batches import ConditionBatches, place
 from diff2to3.train._checkpoint import read_config
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._data import HeldData, open_data
+from diff2to3.train._parallel import blocks
 from diff2to3.train._stage import Batch, Batches
 from diff2to3.train.stages._base import PictureStage, build_config, frozen, generator_of, on_white, part
 from diff2to3.train.stages.structure_vae import dense_occupancy, from_the_front
@@ -82,7 +91,7 @@ class _FlowStage(PictureStage):
             tokens = self.extractor.tokens(self.extractor(picture)) if own is None else own(picture)
         return tokens.unflatten(0, shape).float()
 
-    def flow_loss(self, latents: SparseTensor, batch: Batch) -> Tensor:
+    def flow_loss(self, latents: Tensor | SparseTensor, batch: Batch) -> Tensor:
         """The flow-matching loss of normalised latents under the batch's conditions."""
         return flow_matching_loss(
             self.model,
@@ -151,17 +160,19 @@ class FlowStage(_FlowStage):
 class StructureFlowStage(_FlowStage):
     """The dense flow of stage 1 over the structure VAE's latents."""
 
-    model: SMDiT
-    model_config: SMDiTConfig
+    model: SMDiT | StructureDiT
+    model_config: SMDiTConfig | StructureDiTConfig
     mean: Tensor
     std: Tensor
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        preset, overrides = StructureFlowConfig.preset(config.model.get("preset", "tiny")), dict(config.model)
-        overrides.pop("preset", None)
-        self.model_config = SMDiTConfig.model_validate(preset.flow.model_dump() | overrides)
-        self.model = SMDiT(self.model_config)
+        overrides = dict(config.model)
+        preset = StructureFlowConfig.preset(overrides.pop("preset", "tiny")).flow
+        self.model_config = type(preset).model_validate(preset.model_dump() | overrides)
+        self.model = (
+            SMDiT(self.model_config) if isinstance(self.model_config, SMDiTConfig) else StructureDiT(self.model_config)
+        )
         self.check_condition(self.model_config.condition_channels)
         folder = part(config, "structure_vae")
         vae = read_config(folder, StructureVAEConfig)
@@ -202,22 +213,26 @@ class StructureFlowStage(_FlowStage):
         true = batch["latents"].float()
         noise = torch.randn(true.shape, generator=generator_of(batch), device=true.device)
         sampler = EulerSampler(steps=SAMPLE_STEPS, capture=False)
-        rows = sampler.sample(self.model, self._on_grid(noise), self.condition(batch)).features.float()
-        found = rows.unflatten(0, (len(true), -1)).transpose(1, 2).reshape(true.shape)
+        found = sampler.sample(self.model, self._on_grid(noise), self.condition(batch))
+        if isinstance(found, SparseTensor):
+            found = found.features.unflatten(0, (len(true), -1)).transpose(1, 2).reshape(true.shape)
         pictures = on_white(batch["condition"][:_SHOWN, 0])
         grids = [
             from_the_front((self.vae.decode(latents[:_SHOWN] * self.std + self.mean) > 0).float())
-            for latents in (true, found)
+            for latents in (true, found.float())
         ]
         side = list(pictures.shape[-2:])
         return torch.cat([pictures, *(F.interpolate(grid, side) for grid in grids)])
 
-    def _on_grid(self, latents: Float[Tensor, "B C n n n"]) -> SparseTensor:
+    def _on_grid(self, latents: Float[Tensor, "B C n n n"]) -> Tensor | SparseTensor:
+        """As the model takes them: an SMDiT sees voxels that are all active."""
+        if not isinstance(self.model, SMDiT):
+            return latents
         topology = self._grid(len(latents), latents.shape[-1], latents.device)
         return SparseTensor(latents.flatten(2).transpose(1, 2).reshape(-1, latents.shape[1]), topology)
 
     def static_modules(self) -> list[nn.Module]:
-        return [*super().static_modules(), *self.model.double_blocks, *self.model.single_blocks]
+        return [*super().static_modules(), *blocks(self.model)]
 
     def _grid(self, batch_size: int, size: int, device: torch.device) -> Topology:
         """One topology for all steps, so that packing and rotary tables are made once."""
