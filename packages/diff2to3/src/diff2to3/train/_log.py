@@ -54,7 +54,8 @@ class Log:
         path = self.out / "samples" / f"{step:08d}.png"
         self._write(lambda: _save_sheet(sheet, path))
         for tracker in self.accelerator.trackers:
-            tracker.log_images({"samples": sheet[None]}, step=step)
+            order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": sheet[None]}, step=step, **order)
 
     def _write(self, work: Any) -> None:
         """A full disk must not end a run: what was learned would be lost."""
