@@ -70,7 +70,7 @@ class VAEStage(PictureStage):
 
     def sample(self, batch: Batch) -> Tensor:
         """Targets of the batch on white, and what the model makes of their objects."""
-        objects = self.model(batch["features"])[0]
+        objects = self.model.decoder(self.model.encoder(batch["features"])[0])
         rgba = batch["image"].float() / 255
         target = composite(shift_hue(rgba[:, :3], hue_matrix(batch["hue"])), rgba[:, 3:], rgba.new_ones(()))
         return torch.cat([target[:8], self._draw(objects, batch, rgba.new_ones(len(rgba), 3))[:8]])
