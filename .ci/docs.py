@@ -25,7 +25,7 @@ COMMANDS = {
     "info": "diff2to3._cli._files:info",
     "import-trellis": "diff2to3._cli._trellis:import_trellis",
     "plugins": "diff2to3._cli._listing:plugins",
-    "doctor": "diff2to3._cli._listing:doctor",
+    "doctor": "diff2to3._cli._doctor:doctor",
 }
 
 PLUGINS_HEAD = """# Plugins
@@ -83,8 +83,21 @@ needs no more; one that finds its weights itself says `weights="own"`. `requires
 modules and what to install for them; `check` names a light function that says what else this machine lacks, such as a
 system library, or returns None.
 
-A plugin that fails to load is listed with its error and does not disturb the others. `tests/plugins/good` in the
-repository is a complete example.
+A plugin that fails to load is listed with its error and does not disturb the others.
+
+Two folders of the repository are templates, complete distributions of under 60 lines each: copy one and change what it
+computes. `examples/plugin-feature-extractor` is the one above, `examples/plugin-backbone` is a flow model.
+
+```console
+$ pip install examples/plugin-feature-extractor
+$ diff2to3 plugins | grep acme
+feature_extractor  acme-dct        acme-features 1.2.0  yes
+$ diff2to3 generate examples/chair.png --feature-extractor acme-dct --format ply
+chair: 96 Gaussians in 170.4 s -> out: chair.ply chair.json
+```
+
+Those 96 Gaussians are no chair: the flows of the embedded pipeline were trained on other features, so a new extractor
+needs [training](training.md) like any other change of the model.
 
 Check a component with the contract tests that we use for our own:
 

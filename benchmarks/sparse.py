@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from _report import Report, shells, table
 from sparse_vae import SparseConv3d, SparseTensor, SparseVAE, SparseVAEConfig, Topology, convolution_backend
 
+PARTS = ("model", "topology", "training", "convolution")
 PEERS = {"spconv": "spconv.pytorch", "spconv-triton": "spconv_triton.pytorch"}
 
 
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--lpips", type=Path, help="LPIPS weights (VGG16) for the training step on CUDA")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to time")
     parser.add_argument("--out", type=Path, help="write the tables to this file as well")
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats
@@ -243,12 +245,18 @@ def main() -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
     count, widths = (20_000, [128, 512, 1024]) if device == "cuda" else (5_000, [64, 128, 256, 512])
     shown = Report(arguments.out)
-    for part in report(device, dtype, count, widths, arguments.lpips, repeats):
-        shown.add(part)
+    for text in report(device, dtype, count, widths, arguments.lpips, repeats, arguments.parts):
+        shown.add(text)
 
 
 def report(
-    device: str, dtype: torch.dtype, count: int, widths: list[int], lpips: Path | None, repeats: int
+    device: str,
+    dtype: torch.dtype,
+    count: int,
+    widths: list[int],
+    lpips: Path | None,
+    repeats: int,
+    parts: Sequence[str],
 ) -> Iterator[str]:
     yield f"# Sparse operations, {device}"
     yield f"`python benchmarks/sparse.py --device {device}`: {environment(device)}."
@@ -256,25 +264,31 @@ def report(
         f"All times are the shortest of {repeats} runs, in milliseconds; errors are relative to the product in "
         "float32, by norm."
     )
-    preset, model_dtype = ("paper", torch.bfloat16) if device == "cuda" else ("tiny", torch.float32)
-    yield f"2to3-VAE, forward, {model_dtype}:"
-    recorded_columns = device == "cuda"
-    head = ["preset", "voxels", "encoder", "decoder"] + ["encoder, recorded", "decoder, recorded"] * recorded_columns
-    head += ["both, microseconds a voxel"] + ["recorded"] * recorded_columns
-    yield table(head, model_rows(device, model_dtype, preset, repeats))
-    yield "Building a topology with its windows, neighbours and coarse level:"
-    yield table(["objects x voxels", "time"], topology_rows(device, repeats))
-    if device == "cuda":
+    if "model" in parts:
+        preset, model_dtype = ("paper", torch.bfloat16) if device == "cuda" else ("tiny", torch.float32)
+        yield f"2to3-VAE, forward, {model_dtype}:"
+        recorded_columns = device == "cuda"
+        head = ["preset", "voxels", "encoder", "decoder"] + [
+            "encoder, recorded",
+            "decoder, recorded",
+        ] * recorded_columns
+        head += ["both, microseconds a voxel"] + ["recorded"] * recorded_columns
+        yield table(head, model_rows(device, model_dtype, preset, repeats))
+    if "topology" in parts:
+        yield "Building a topology with its windows, neighbours and coarse level:"
+        yield table(["objects x voxels", "time"], topology_rows(device, repeats))
+    if "training" in parts and device == "cuda":
         torch.set_float32_matmul_precision("high")  # as in training
         note = "" if lpips else ", without LPIPS"
         yield f"Training step of the `paper` autoencoder, 4 objects of 10,000 voxels and 512^2 pixels, bf16{note}:"
         head = ["attention", "step, ms", "objects a second", "peak memory, GiB"]
         yield table(head, training_rows(lpips, max(3, repeats // 4)))
         torch.set_float32_matmul_precision("highest")
-    yield f"Submanifold 3^3 convolution, {count:,} surface voxels of a 64^3 grid, {dtype}:"
-    head = ["channels", "implementation", "forward", "forward + backward", "first call, s", "error"]
-    for width in widths:
-        yield table(head, convolution_rows(device, dtype, count, width, repeats))
+    if "convolution" in parts:
+        yield f"Submanifold 3^3 convolution, {count:,} surface voxels of a 64^3 grid, {dtype}:"
+        head = ["channels", "implementation", "forward", "forward + backward", "first call, s", "error"]
+        for width in widths:
+            yield table(head, convolution_rows(device, dtype, count, width, repeats))
 
 
 if __name__ == "__main__":

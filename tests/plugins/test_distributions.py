@@ -12,11 +12,18 @@ from diff2to3 import Pipeline
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).parent
+EXAMPLES = HERE.parents[1] / "examples"
+FOLDERS = {
+    "good": EXAMPLES / "plugin-feature-extractor",
+    "backbone": EXAMPLES / "plugin-backbone",
+    "broken": HERE / "broken",
+    "duplicate": HERE / "duplicate",
+}
 
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory):
-    """Installs some of the distributions beside this folder; returns the environment that sees them."""
+    """Installs some of `FOLDERS`; returns the environment that sees them."""
     uv = os.environ.get("UV") or shutil.which("uv")
     if uv is None:
         pytest.fail("uv is needed to install the test distributions: pip install uv")
@@ -24,7 +31,7 @@ def installed(tmp_path_factory):
     def install(*names):
         target = tmp_path_factory.mktemp("site")
         command = [uv, "pip", "install", "--quiet", "--no-deps", "--python", sys.executable, "--target", target]
-        subprocess.run([*command, *(HERE / name for name in names)], check=True)
+        subprocess.run([*command, *(FOLDERS[name] for name in names)], check=True)
         return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
 
     return install
@@ -124,19 +131,40 @@ def test_unknown_name_mentions_the_broken_one(installed, micro_pipeline, ball):
     assert result.stderr.count("\n") == 1
 
 
-def test_the_good_one_keeps_the_contract(installed, tmp_path):
-    """As its author would check it: with the contract tests of diff2to3."""
-    environment = installed("good")
-    (tmp_path / "test_acme.py").write_text(
-        "import pytest\n"
-        "from acme_features import DctFeatures, DctFeaturesConfig\n"
-        "from diff2to3.testing import FeatureExtractorContract\n\n\n"
-        "class TestDctFeatures(FeatureExtractorContract):\n"
-        "    @pytest.fixture\n"
-        "    def component(self):\n"
-        "        return DctFeatures(DctFeaturesConfig(image_size=32))\n"
+@pytest.mark.parametrize("name", ["good", "backbone"])
+def test_templates_keep_the_contract(installed, name, tmp_path):
+    """As their authors would check them: with the contract tests of diff2to3."""
+    environment = installed(name)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, "-c", os.devnull]
+    result = subprocess.run(
+        [*command, FOLDERS[name] / "tests"], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=280
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path / "test_acme.py"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=280)
     assert result.returncode == 0, result.stdout
     assert "passed" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["good", "backbone"])
+def test_templates_are_short(name):
+    """What an author writes is under 60 lines besides packaging; the documentation says so."""
+    lines = [line for path in FOLDERS[name].glob("src/**/*.py") for line in path.read_text().splitlines()]
+    assert sum(bool(line.strip()) for line in lines) < 60
+
+
+def test_backbone_from_the_template_in_a_pipeline(installed, micro_pipeline, ball, tmp_path):
+    """An object of the class plays the role; by name it has no weights, which is said."""
+    environment = installed("backbone")
+    options = ["--pipeline", micro_pipeline, "--format", "ply", "-o", tmp_path / "out"]
+    named = diff2to3(environment, "generate", ball, *options, "--backbone", "acme-deepset")
+    assert named.returncode == 2
+    assert "'acme-deepset' has no weights of its own" in named.stderr
+    code = f"""
+from acme_flow import DeepSetFlow, DeepSetFlowConfig
+from diff2to3 import Pipeline
+own = Pipeline.from_pretrained({str(micro_pipeline)!r}, device="cpu").backbone.config
+sizes = dict(latent_channels=own.latent_channels, condition_channels=own.condition_channels, grid_size=own.grid_size)
+pipe = Pipeline.from_pretrained({str(micro_pipeline)!r}, device="cpu", backbone=DeepSetFlow(DeepSetFlowConfig(**sizes)))
+print(len(pipe({str(ball)!r}, steps=2).gaussians))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=280)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 0

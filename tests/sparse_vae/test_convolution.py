@@ -1,5 +1,7 @@
 """Convolutions and pooling against dense convolutions in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from sparse_vae import (
     downsample,
     upsample,
 )
+from sparse_vae import _conv as conv
 from sparse_vae import _kernel_map as kernel_map
 from sparse_vae._conv import _neighbour_map, _octant_map
 
@@ -198,6 +201,16 @@ def test_wrong_arguments_are_explained(objects):
     assert "CUDA" in report["spconv"]
 
 
+def test_a_dtype_that_a_backend_does_not_know_is_named(surface, monkeypatch):
+    backends = tuple(dataclasses.replace(backend, is_available=lambda device: None) for backend in conv._BACKENDS)
+    monkeypatch.setattr(conv, "_BACKENDS", backends)
+    topology, _ = Topology.from_coords([surface(10, 8)], 8)
+    for backend, dtype in (("spconv", torch.bfloat16), ("triton", torch.float64)):
+        layer = SparseConv3d(4, 4, backend=backend).to(dtype)
+        with pytest.raises(ValueError, match=f"'{backend}' takes .* got {dtype}"):
+            layer(SparseTensor(torch.zeros(len(topology), 4, dtype=dtype), topology))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["torch", "triton", "spconv", "spconv-triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -216,6 +229,10 @@ def test_backends_on_the_gpu(surface, backend, dtype):
     y = x.detach().to("cuda", dtype).requires_grad_()
     twin = SparseConv3d(32, 48, backend=backend).to("cuda", dtype)
     twin.load_state_dict(layer.state_dict())
+    if backend == "spconv" and dtype == torch.bfloat16:
+        with pytest.raises(ValueError, match=r"'spconv' takes .* float16, float32; got torch.bfloat16"):
+            twin(SparseTensor(y, on_gpu))
+        return
     out = twin(SparseTensor(y, on_gpu)).features
     actual = (out, *torch.autograd.grad((out * weight.to("cuda", dtype)).sum(), (y, twin.weight)))
     tolerance = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}[dtype]  # float32 may use TF32

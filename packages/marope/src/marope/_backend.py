@@ -79,13 +79,18 @@ def _triton_reason(device: torch.device) -> str | None:
 
 @cache
 def _failure(device: torch.device) -> str | None:
-    """Why a CUDA device cannot run the kernel, None if it can; launches the smallest one to find out."""
+    """Why a CUDA device cannot run the kernels, None if it can.
+
+    Triton's driver is started to find out: it needs the compiler and headers that every kernel needs, and unlike a
+    kernel it has to be built anyway.
+    """
     try:
-        from marope import _triton
+        from triton.runtime import driver
     except ImportError as error:
         return f"triton cannot be imported ({error}); install triton"
     try:
-        _triton.probe(torch.zeros(1, device=device))
-    except Exception as error:  # no compiler, no headers, an unknown GPU: each is a reason, not a fault
-        return f"Triton cannot build a kernel ({type(error).__name__}: {error})"
+        with torch.cuda.device(device):
+            driver.active.get_current_target()
+    except Exception as error:  # no compiler, no headers, no libcuda: each is a reason, not a fault
+        return f"Triton's driver does not start ({type(error).__name__}: {error})"
     return None

@@ -36,12 +36,6 @@ def norm_rotary(
     return _NormRotary.apply(q, k, cos, sin, q_weight, k_weight, eps, interleaved)
 
 
-def probe(x: Tensor) -> None:
-    """Builds and launches the smallest kernel there is, on the device of `x`."""
-    with torch.cuda.device_of(x):
-        _probe_kernel[(1,)](x)
-
-
 class _NormRotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin, q_weight, k_weight, eps, interleaved):
@@ -121,12 +115,6 @@ def _table(table: RotaryTable | None, x: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 # `no_type_check` keeps checkers of annotations at run time away from functions that never run as Python.
-
-
-@triton.jit
-@no_type_check
-def _probe_kernel(x):
-    tl.store(x, 1.0)
 
 
 @triton.jit

@@ -23,15 +23,23 @@ def can_capture(model: object, device: torch.device) -> bool:
     return device.type == "cuda" and getattr(model, "capturable", False) and not torch.is_autocast_enabled("cuda")
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, *, cpp_wrapper: bool = False) -> None:
     """Let PyTorch compile every transformer block of a model, in place.
 
-    The first forward then takes about a minute, and the first with another number of tokens once more; after that any
-    number goes. `benchmarks/smdit.py` shows what it saves.
+    It is meant for training, where nothing is recorded; sampling steps are recorded anyway (`EulerSampler.capture`) and
+    gain nothing. `benchmarks/smdit.py` has figures of both.
+
+    Args:
+        model: whose blocks are compiled.
+        cpp_wrapper: launch the kernels from C++ instead of Python (Inductor's option of that name): half the host's
+            time in a training step, against a first step of a minute or two instead of half a minute.
+
+    The first forward with another number of tokens compiles once more; after that any number goes.
     """
+    options = {"cpp_wrapper": True} if cpp_wrapper else None
     for module in model.modules():
         if isinstance(module, DoubleStreamBlock | SingleStreamBlock | CrossBlock):
-            module.compile()
+            module.compile(options=options)
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,6 +91,11 @@ class Rows:
         return {}
 
     @cached_property
+    def begins(self) -> Int[Tensor, " B+1"]:
+        """int32, the first row of every object, and at the end the number of rows."""
+        return torch.nn.functional.pad(self.counts.cumsum(0), (1, 0)).int()
+
+    @cached_property
     def as_one(self) -> Rows:
         """The same rows as those of a single object."""
         return self if len(self.lengths) == 1 else Rows.from_lengths([sum(self.lengths)], self.index.device)

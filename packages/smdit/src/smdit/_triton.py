@@ -16,6 +16,8 @@ from smdit._rows import Rows
 
 BLOCK_ELEMENTS = 4096
 """Channels that a program holds."""
+BLOCK_CHANNELS = 1024
+"""Fewest channels of a row that a program holds. Narrower rows are padded, so that all share one kernel to build."""
 
 
 def norm(
@@ -44,10 +46,9 @@ def _norm(x, shift, scale, rows, eps, offset, silu, dtype):
     if num_rows:
         block_c, block_r = _blocks(channels)
         with torch.cuda.device_of(x):
-            _norm_kernel[(triton.cdiv(num_rows, block_r),)](
-                x, shift, scale, rows.index, out, num_rows, x.stride(0), shift.stride(0), scale.stride(0), eps,
-                channels, offset, silu, SINGLE=len(rows.lengths) == 1, BLOCK_R=block_r, BLOCK_C=block_c,
-                num_warps=4,
+            _norm_kernel[(triton.cdiv(max(rows.lengths), block_r), len(rows.lengths))](
+                x, shift, scale, rows.begins, out, x.stride(0), shift.stride(0), scale.stride(0), eps, channels, offset,
+                silu, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
             )  # fmt: skip
     return out
 
@@ -58,9 +59,9 @@ def _gate(x, update, factor, rows):
     if num_rows:
         block_c, block_r = _blocks(channels)
         with torch.cuda.device_of(x):
-            _gate_kernel[(triton.cdiv(num_rows, block_r),)](
-                x, update, factor, rows.index, out, num_rows, x.stride(0), update.stride(0), factor.stride(0),
-                channels, SINGLE=len(rows.lengths) == 1, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+            _gate_kernel[(triton.cdiv(max(rows.lengths), block_r), len(rows.lengths))](
+                x, update, factor, rows.begins, out, x.stride(0), update.stride(0), factor.stride(0), channels,
+                BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
             )  # fmt: skip
     return out
 
@@ -121,7 +122,7 @@ class _Gate(torch.autograd.Function):
 
 def _blocks(channels: int) -> tuple[int, int]:
     """Channels, padded to a power of two, and rows of a program."""
-    block_c = triton.next_power_of_2(channels)
+    block_c = max(triton.next_power_of_2(channels), BLOCK_CHANNELS)
     return block_c, max(1, BLOCK_ELEMENTS // block_c)
 
 
@@ -143,36 +144,21 @@ def _normalised(x, rows, present, c, stride, eps, channels):
     return value * factor, factor
 
 
-@triton.jit
-@no_type_check
-def _of_owner(values, index, rows, num_rows, stride, c, known, SINGLE: tl.constexpr, BLOCK_R: tl.constexpr):
-    """What `values` [B, C] holds for the object of every row, float32; one load where all rows are of one object."""
-    if SINGLE:
-        return tl.load(values + c[None, :], mask=known, other=0.0).to(tl.float32) + tl.zeros((BLOCK_R, 1), tl.float32)
-    last = tl.minimum(tl.max(rows, axis=0), num_rows - 1)
-    owner = tl.load(index + tl.min(rows, axis=0))
-    if owner == tl.load(index + last):
-        one = tl.load(values + owner * stride + c[None, :], mask=known, other=0.0).to(tl.float32)
-        found = one + tl.zeros((BLOCK_R, 1), tl.float32)
-    else:
-        owners = tl.load(index + rows, mask=rows < num_rows, other=0)[:, None]
-        found = tl.load(values + owners * stride + c[None, :], mask=known, other=0.0).to(tl.float32)
-    return found
-
-
-@triton.jit(do_not_specialize=["num_rows", "offset", "silu"])
+@triton.jit(do_not_specialize=["offset", "silu"])
 @no_type_check
 def _norm_kernel(
-    x, shift, scale, index, out, num_rows, x_stride, shift_stride, scale_stride, eps, channels, offset, silu,
-    SINGLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, shift, scale, begins, out, x_stride, shift_stride, scale_stride, eps, channels, offset, silu,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Some rows of one object, so that its shift and scale are read once for all of them."""
+    owner = tl.program_id(1).to(tl.int64)
+    rows = tl.load(begins + owner) + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     known = (c < channels)[None, :]
-    present = (rows < num_rows)[:, None] & known
+    present = (rows < tl.load(begins + owner + 1))[:, None] & known
     value, _ = _normalised(x, rows, present, c, x_stride, eps, channels)
-    a = _of_owner(scale, index, rows, num_rows, scale_stride, c, known, SINGLE, BLOCK_R)
-    b = _of_owner(shift, index, rows, num_rows, shift_stride, c, known, SINGLE, BLOCK_R)
+    a = tl.load(scale + owner * scale_stride + c[None, :], mask=known, other=0.0).to(tl.float32)
+    b = tl.load(shift + owner * shift_stride + c[None, :], mask=known, other=0.0).to(tl.float32)
     value = value * (offset + a) + b
     value = tl.where(silu, value * tl.sigmoid(value), value)
     tl.store(out + rows.to(tl.int64)[:, None] * channels + c[None, :], value.to(out.dtype.element_ty), mask=present)
@@ -215,20 +201,22 @@ def _norm_backward_kernel(
     tl.store(sums + channels, scale_sum, mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 @no_type_check
 def _gate_kernel(
-    x, update, factor, index, out, num_rows, x_stride, update_stride, factor_stride, channels,
-    SINGLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, update, factor, begins, out, x_stride, update_stride, factor_stride, channels,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Some rows of one object, so that its factor is read once for all of them."""
+    owner = tl.program_id(1).to(tl.int64)
+    rows = tl.load(begins + owner) + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     known = (c < channels)[None, :]
-    present = (rows < num_rows)[:, None] & known
+    present = (rows < tl.load(begins + owner + 1))[:, None] & known
     row = rows.to(tl.int64)[:, None]
     value = tl.load(x + row * x_stride + c[None, :], mask=present, other=0.0).to(tl.float32)
     change = tl.load(update + row * update_stride + c[None, :], mask=present, other=0.0).to(tl.float32)
-    a = _of_owner(factor, index, rows, num_rows, factor_stride, c, known, SINGLE, BLOCK_R)
+    a = tl.load(factor + owner * factor_stride + c[None, :], mask=known, other=0.0).to(tl.float32)
     tl.store(out + row * channels + c[None, :], (value + a * change).to(out.dtype.element_ty), mask=present)
 
 

@@ -18,6 +18,7 @@ from sparse_vae._tensor import SparseTensor
 from sparse_vae._topology import Topology
 from sparse_vae._triton_probe import triton_failure
 
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _preferred: ContextVar[str | None] = ContextVar("convolution_backend", default=None)
 
 
@@ -68,7 +69,7 @@ class SparseConv3d(_SparseConv):
         bias: whether to add one.
         backend: "torch", "triton", "spconv" or "spconv-triton"; None takes that of the enclosing `convolution_backend`
             context, else "triton" on CUDA in half or single precision where Triton works, else "torch". All backends
-            share parameters and state dict.
+            share parameters and state dict. spconv knows no bfloat16.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class SparseConv3d(_SparseConv):
     def forward(self, x: SparseTensor) -> SparseTensor:
         """[N, in_channels] -> [N, out_channels] on the same topology."""
         features, weight = self._operands(x)
-        backend = _resolve(self.backend, features)
+        backend = _resolve(self.backend, features, weight)
         return x.replace(self._with_bias(backend.run(features, weight, x.topology)))
 
 
@@ -214,11 +215,13 @@ class ConvolutionBackend:
         name: what `SparseConv3d(backend=...)` calls it.
         run: (features [N, in], weight [out, k, k, k, in], topology) -> [N, out].
         is_available: device -> None, or the reason why it cannot be used.
+        dtypes: what features and weight may be, both the same; empty for anything.
     """
 
     name: str
     run: Callable[[Tensor, Tensor, Topology], Tensor]
     is_available: Callable[[torch.device], str | None]
+    dtypes: tuple[torch.dtype, ...] = ()
 
 
 @contextmanager
@@ -241,11 +244,17 @@ def convolution_backends(device: torch.device | str = "cpu") -> dict[str, str | 
     return {backend.name: backend.is_available(torch.device(device)) for backend in _BACKENDS}
 
 
-def _resolve(name: str | None, features: Tensor) -> ConvolutionBackend:
+def _resolve(name: str | None, features: Tensor, weight: Tensor) -> ConvolutionBackend:
     backend = _find(name or _preferred.get() or _default(features))
     reason = backend.is_available(features.device)
     if reason is not None:
         raise RuntimeError(f"convolution backend {backend.name!r} is not available: {reason}")
+    if backend.dtypes and (features.dtype not in backend.dtypes or weight.dtype != features.dtype):
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
+        raise ValueError(
+            f"convolution backend {backend.name!r} takes features and weight of one dtype out of {known}; got "
+            f"{features.dtype} and {weight.dtype}"
+        )
     return backend
 
 
@@ -263,8 +272,7 @@ def _find(name: str) -> ConvolutionBackend:
 def _strided(features: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
     name = _preferred.get() or _default(features)
     if name == "triton":
-        _resolve(name, features)  # explains why it is not available
-        _check_triton(features, weight)
+        _resolve(name, features, weight)  # explains why it cannot be used
     return convolve(features, weight.flatten(1, 3), kernel_map, triton=name == "triton")
 
 
@@ -273,19 +281,7 @@ def _torch(features: Tensor, weight: Tensor, topology: Topology) -> Tensor:
 
 
 def _triton(features: Tensor, weight: Tensor, topology: Topology) -> Tensor:
-    _check_triton(features, weight)
     return convolve(features, weight.flatten(1, 3), _neighbour_map(topology, weight.shape[1]), triton=True)
-
-
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def _check_triton(features: Tensor, weight: Tensor) -> None:
-    if features.dtype not in _TRITON_DTYPES or weight.dtype != features.dtype:
-        raise ValueError(
-            "convolution backend 'triton' takes features and weight of one dtype, float16, bfloat16 or float32; got "
-            f"{features.dtype} and {weight.dtype}"
-        )
 
 
 def _triton_reason(device: torch.device) -> str | None:
@@ -296,7 +292,7 @@ def _triton_reason(device: torch.device) -> str | None:
 
 _BACKENDS = (
     ConvolutionBackend("torch", _torch, lambda device: None),
-    ConvolutionBackend("triton", _triton, _triton_reason),
-    ConvolutionBackend("spconv", _spconv.run_spconv, _spconv.spconv_reason),
+    ConvolutionBackend("triton", _triton, _triton_reason, _TRITON_DTYPES),
+    ConvolutionBackend("spconv", _spconv.run_spconv, _spconv.spconv_reason, (torch.float16, torch.float32)),
     ConvolutionBackend("spconv-triton", _spconv.run_triton, _spconv.triton_reason),
 )

@@ -9,17 +9,21 @@ import torch
 
 @cache
 def triton_failure(device: torch.device) -> str | None:
-    """Why a CUDA device cannot run the kernels of this package, None if it can; launches a small one to find out."""
+    """Why a CUDA device cannot run the kernels of this package, None if it can.
+
+    Triton's driver is started to find out: it needs the compiler and headers that every kernel needs, and unlike a
+    kernel it has to be built anyway.
+    """
     try:
-        from sparse_vae import _triton_conv
+        from triton.runtime import driver
     except ImportError as error:
         return f"triton cannot be imported ({error}); install triton"
     capability = torch.cuda.get_device_capability(device)
     if torch.version.cuda and capability < (8, 0):
         return f"it needs compute capability 8.0, got {capability[0]}.{capability[1]}"
-    values = torch.ones(2, device=device)
     try:
-        _triton_conv.add_up(values[:, None], values[:1])
-    except Exception as error:  # no compiler, no headers, an unknown GPU: each is a reason, not a fault
-        return f"Triton cannot build a kernel ({type(error).__name__}: {error})"
+        with torch.cuda.device(device):
+            driver.active.get_current_target()
+    except Exception as error:  # no compiler, no headers, no libcuda: each is a reason, not a fault
+        return f"Triton's driver does not start ({type(error).__name__}: {error})"
     return None

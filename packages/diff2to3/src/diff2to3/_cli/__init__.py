@@ -22,7 +22,7 @@ _COMMANDS = {
     "info": ("diff2to3._cli._files:info", "Describe a splat file or a pipeline directory."),
     "import-trellis": ("diff2to3._cli._trellis:import_trellis", "Make a pipeline of TRELLIS's published models."),
     "plugins": ("diff2to3._cli._listing:plugins", "List the components that can be chosen."),
-    "doctor": ("diff2to3._cli._listing:doctor", "Say what works on this machine, and what not and why."),
+    "doctor": ("diff2to3._cli._doctor:doctor", "Say what works on this machine, and what not and why."),
     "data": ("diff2to3.data._cli:data", "Prepare training data."),
     "train": ("diff2to3.train._cli:train", "Train the models."),
     "eval": ("diff2to3.eval._cli:evaluate", "Measure reconstruction and generation."),
