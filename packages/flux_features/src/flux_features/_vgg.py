@@ -43,6 +43,8 @@ class VGGFeatures(nn.Module):
     channels = 512
     stride = 16
     patch = 1
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, config: VGGFeaturesConfig) -> None:
         super().__init__()

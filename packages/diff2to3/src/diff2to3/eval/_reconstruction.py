@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diff2to3._progress import track
 from diff2to3.data._store import Store, decode_png
-from diff2to3.eval._scores import on_white, picture_scores
+from diff2to3.eval._scores import Scores, as_strip, on_white, picture_scores
 
 
 @torch.inference_mode()
@@ -55,12 +55,15 @@ def evaluate_reconstruction(
     num_views: int = 32,
     visibility: str = "depth",
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> list[dict[str, Any]]:
+    shown: int = 0,
+) -> Scores:
     """Scores of every object at its stored views past ``num_views``, on white, beside their controls.
+
+    Of the first ``shown`` objects up to four pictures are kept.
 
     Controls: ``white`` is an empty picture; ``other`` the reconstruction of the object before it in the list.
     """
-    device, scores, before = next(vae.parameters()).device, [], None
+    device, scores, before = next(vae.parameters()).device, Scores(), None
     for row in track(rows, "reconstruction", total=len(rows)):
         rendered = store.read("render", row["id"])
         coords = torch.from_numpy(store.read("voxels", row["id"])["coords"].astype(np.int64))
@@ -85,10 +88,13 @@ def evaluate_reconstruction(
                 )
 
         entry: dict[str, Any] = {"id": row["id"], "has_texture": row.get("has_texture", "")}
-        entry |= picture_scores(draw(gaussians), target, alpha, lpips)
+        image = draw(gaussians)
+        entry |= picture_scores(image, target, alpha, lpips)
         entry["psnr white"] = picture_scores(torch.ones_like(target), target, alpha, None)["psnr"]
         if before is not None:
             entry["psnr other"] = picture_scores(draw(before), target, alpha, None)["psnr"]
-        scores.append(entry)
+        scores.objects.append(entry)
+        if len(scores.pictures) < shown:
+            scores.pictures[row["id"]] = {"truth": as_strip(target[:4]), "decoded": as_strip(image[:4])}
         before = gaussians
     return scores
