@@ -96,14 +96,19 @@ class AblationConfig(_Config):
     @property
     def digest(self) -> str:
         """16 hexadecimal digits of what a result depends on besides its row, its seed and the objects."""
-        places = {"data", "source", "out", "seeds", "device", "rows", "extractors"}
+        places = {"data", "source", "out", "seeds", "device", "extractors", "rows"}
         kept = self.model_dump(mode="json", exclude=places)
-        kept["scoring"] = {k: v for k, v in kept["scoring"].items() if k not in ("lpips", "networks", "shown", "renderer")}
-        return settings_hash(kept | {"networks": sorted(self.scoring.networks), "lpips": self.scoring.lpips is not None})
+        kept["scoring"] = {
+            k: v for k, v in kept["scoring"].items() if k not in ("lpips", "networks", "shown", "renderer")
+        }
+        return settings_hash(
+            kept | {"networks": sorted(self.scoring.networks), "lpips": self.scoring.lpips is not None}
+        )
 
-    def row_digest(self, row: Row, protocol: str) -> str:
-        """Of one row's results."""
-        return settings_hash(row.model_dump(mode="json") | {"ablation": self.digest, "protocol": protocol})
+
+def row_digest(config: AblationConfig, name: str) -> str:
+    """Changes with what a row is made of; empty for what is no row."""
+    return settings_hash(config.rows[name].model_dump(mode="json")) if name in config.rows else ""
 
 
 def load_ablation(path: Path, overrides: tuple[str, ...] = ()) -> AblationConfig:

@@ -84,11 +84,12 @@ def reconstruction(
     else:
         models = pipeline_models(pipeline, device)
     _say_rule(store, ids, embedded=vae is None and pipeline in _EMBEDDED)
+    encoder: Any = models[0]
     place = next(models[1].parameters()).device
     table = {row["id"]: row for row in store.objects()}
     rows = [table[i] for i in ids]
     scores = evaluate_reconstruction(
-        *models, store, rows, num_views=views, visibility=visibility, lpips=_lpips(lpips, place), shown=shown
+        encoder, models[1], store, rows, num_views=views, visibility=visibility, lpips=_lpips(lpips, place), shown=shown
     )
     settings = {"views": views, "visibility": visibility, "ids": ids, "background": "white"}
     click.echo(report_reconstruction(scores, settings, output))
@@ -186,9 +187,12 @@ def ablation(
     config: Path, overrides: tuple[str, ...], merge: tuple[Path, ...], minutes: float | None, table_only: bool
 ) -> None:
     """Train and score the rows of the paper's table 3 as CONFIG says; what is done is not done again."""
-    from diff2to3.eval._ablation import load_ablation, run_ablation
+    from diff2to3.eval._ablation_config import load_ablation
 
-    click.echo(run_ablation(load_ablation(config, overrides), merge, minutes, table_only))
+    settings = load_ablation(config, overrides)
+    from diff2to3.eval._ablation import run_ablation
+
+    click.echo(run_ablation(settings, merge, minutes, table_only))
 
 
 def _method(name: str, assets: Path | None, convention: tuple[str, ...], protocol: Protocol, renderer: str) -> Any:

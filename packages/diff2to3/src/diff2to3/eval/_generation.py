@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from gs_render import Camera, Gaussians, render
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from diff2to3._image import condition_image
 from diff2to3._progress import track
 from diff2to3.data._augment import snap_quarter_turns, turn_cameras, yaw_coords
 from diff2to3.data._store import Store
@@ -85,12 +84,13 @@ def evaluate_generation(
             own, novel = _draw(made, truth, protocol)
             entry = _object_scores(truth, made, own, novel, before, protocol.size, lpips)
             result.objects.append(entry)
-            seen = _seen(truth, protocol.size)
+            seen = truth.seen(protocol.size)
+            seen_pixels = torch.from_numpy(seen).permute(2, 0, 1)[None] / 255
             for name, network in (networks or {}).items():
-                features[name].append((network(truth.views), network(novel[0]), network(seen[None])))
+                features[name].append((network(truth.views), network(novel[0]), network(seen_pixels)))
             if len(result.pictures) < shown:
                 result.pictures[truth.condition.id] = {
-                    "input": as_strip(seen[None]),
+                    "input": seen,
                     "truth": as_strip(truth.views),
                     "made": as_strip(novel[0]),
                 }
@@ -193,8 +193,3 @@ def _set_scores(name: str, real: Tensor, made: Tensor, inputs: Tensor) -> dict[s
     if name == "vgg":  # beside FD_vgg what CLIP would be asked, under its own name
         scores["cos_vgg"] = float(similarity(made, inputs.repeat_interleave(len(made) // len(inputs), 0)).mean())
     return scores
-
-
-def _seen(truth: Truth, size: int) -> Float[Tensor, "3 S S"]:
-    """The input as the models see it: cropped, on white."""
-    return torch.from_numpy(condition_image(truth.picture, size)).permute(2, 0, 1)

@@ -7,19 +7,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from flux_features import FluxFeatures, lift_features, voxel_centres
+from flux_features import lift_features, voxel_centres
 from gs_render import Camera, Gaussians, render
 from sparse_vae import SparseTensor, SparseVAE, Topology
 from torch import Tensor
 
+from diff2to3._plugins import FeatureExtractor
 from diff2to3._progress import track
+from diff2to3.data._feature_stage import fitting
 from diff2to3.data._store import Store, decode_png
 from diff2to3.eval._scores import Scores, as_strip, on_white, picture_scores
 
 
 @torch.inference_mode()
 def reconstruct(
-    extractor: FluxFeatures,
+    extractor: FeatureExtractor,
     vae: SparseVAE,
     rendered: dict[str, np.ndarray],
     coords: Tensor,
@@ -38,7 +40,7 @@ def reconstruct(
         size,
     )
     depth = torch.from_numpy(rendered["view_depth"][:num_views]).to(device).float()
-    maps = torch.cat([extractor(part.to(device)) for part in color.split(8)])
+    maps = torch.cat([extractor(fitting(extractor, part.to(device))) for part in color.split(8)])
     grid_size = vae.config.grid_size
     features = lift_features(maps, cameras, voxel_centres(coords.to(device), grid_size), visibility, depth=depth)  # type: ignore[arg-type]
     topology, order = Topology.from_coords([coords.to(device)], grid_size)
@@ -47,7 +49,7 @@ def reconstruct(
 
 
 def evaluate_reconstruction(
-    extractor: FluxFeatures,
+    extractor: FeatureExtractor,
     vae: SparseVAE,
     store: Store,
     rows: list[dict[str, str]],

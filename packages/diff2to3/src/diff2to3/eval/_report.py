@@ -27,7 +27,7 @@ from diff2to3.eval._scores import Scores, summary, table
 
 Pictures = Mapping[str, Mapping[str, np.ndarray]]
 Row = Mapping[str, str | float]
-_PAPER_NOTE = (
+PAPER_NOTE = (
     "Rows of the paper are of 1,000 assets of Toys4k with its own cameras: other objects or another protocol give other"
     " figures, and FD grows as objects become fewer."
 )
@@ -66,7 +66,7 @@ def report_reconstruction(scores: Scores, settings: Mapping[str, Any], output: P
     own = {f"this ({len(scores.objects)} objects)": means}
     tables = [
         paper_table(RECONSTRUCTION, own, RECONSTRUCTION_COLUMNS),
-        _PAPER_NOTE,
+        PAPER_NOTE,
         figures_table(scores.objects),
     ]
     if output is not None:
@@ -79,7 +79,7 @@ def report_generation(scores: Scores, settings: Mapping[str, Any], protocol: Pro
     """The tables of a generation, written beside ``output`` if that is given; returns them."""
     name = str(settings.get("method") or settings.get("pipeline"))
     own = {f"{name} ({len(scores.objects)} objects)": scores.sets}
-    tables = [paper_table(GENERATION, own, GENERATION_COLUMNS), _PAPER_NOTE, figures_table(scores.objects)]
+    tables = [paper_table(GENERATION, own, GENERATION_COLUMNS), PAPER_NOTE, figures_table(scores.objects)]
     if output is not None:
         results = {
             **settings,

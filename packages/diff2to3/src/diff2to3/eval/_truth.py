@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diff2to3._atomic import replacing
 from diff2to3._errors import InputError
+from diff2to3._image import condition_image
 from diff2to3._plugins import MeshRenderer
 from diff2to3.data._augment import turn_cameras
 from diff2to3.data._mesh import load_mesh
@@ -47,6 +48,10 @@ class Truth:
     alpha: Float[Tensor, "V 1 S S"]
     coords: Int[Tensor, "L 3"]
     row: dict[str, str]
+
+    def seen(self, size: int) -> np.ndarray:
+        """The input as the models see it, cropped on white: uint8 [size, size, 3]."""
+        return np.rint(condition_image(self.picture, size) * 255).astype(np.uint8)
 
 
 def draw_truth(store: Store, source: Path | None, protocol: Protocol, renderer: str = "auto") -> None:
