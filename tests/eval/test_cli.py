@@ -70,7 +70,9 @@ def test_refusals(refused, tmp_path, eval_data):
     assert "data: Field required" in refused("ablation", tmp_path / "a.yaml")
 
 
-@pytest.mark.parametrize(("name", "content"), [("LGM", b"ply\nformat binary_little_endian 1.0\nelement vert"), ("LGM", b"")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("LGM", b"ply\nformat binary_little_endian 1.0\nelement vert"), ("LGM", b"")]
+)
 def test_truncated_asset(refused, tmp_path, eval_data, eval_assets, name, content):
     for row in eval_data.objects("val"):
         (tmp_path / f"{row['id']}.ply").write_bytes(content)

@@ -67,7 +67,9 @@ def written_as(method, axes, condition, size):
 
 
 @pytest.mark.parametrize(("name", "suffix"), CASES)
-def test_known_asset_gets_its_scores_back(name, suffix, known, protocol, eval_data, eval_assets, mesh_renderer, tmp_path):
+def test_known_asset_gets_its_scores_back(
+    name, suffix, known, protocol, eval_data, eval_assets, mesh_renderer, tmp_path
+):
     method = find_method(name)
     as_gaussians = suffix in (".ply", ".spz") and name != "Shap-E"
     for number, entry in enumerate(protocol.objects):

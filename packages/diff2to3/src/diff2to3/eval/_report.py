@@ -56,7 +56,7 @@ def paper_table(paper: Rows, own: Mapping[str, Row], columns: Sequence[str], mar
 
 
 def _line(name: str, row: Row, columns: Sequence[str]) -> str:
-    cells = [value if isinstance(value := row.get(c, ""), str) else f"{value:.4g}" for c in columns]
+    cells = [value if isinstance(value := row.get(c, ""), str) else f"{value:.5g}" for c in columns]
     return "| " + " | ".join([name.replace("|", "\\|"), *cells]) + " |"
 
 

@@ -32,7 +32,7 @@ def on_white(
     rgba: np.ndarray | Tensor, size: int | None = None
 ) -> tuple[Float[Tensor, "V 3 H W"], Float[Tensor, "V 1 H W"]]:
     """Straight-alpha uint8 pictures [V, H, W, 4] -> RGB on white, and alpha; shrunk to ``size`` by area if given."""
-    pictures = torch.as_tensor(np.asarray(rgba)).float().permute(0, 3, 1, 2) / 255
+    pictures = torch.as_tensor(np.array(rgba)).float().permute(0, 3, 1, 2) / 255
     alpha = pictures[:, 3:]
     color = pictures[:, :3] * alpha + 1 - alpha
     if size is not None and color.shape[-1] != size:
