@@ -84,6 +84,8 @@ def test_table_and_page(finished):
     [row] = [line for line in text.splitlines() if line.startswith("| Exp 4 (1 seeds) | x | x | x |")]
     assert row.count("|") > 6
     assert "VAE of semantic features" in text
+    assert "semantic are FluxFeatures' 8 channels" in text
+    assert "diffusion are FluxFeatures' 4 channels" in text
     page = (out / "index.html").read_text()
     assert "<th>Exp 1</th><th>Exp 4</th>" in page
     assert page.count("data:image/jpeg") == 4  # input, truth and both rows of one object
@@ -138,6 +140,8 @@ def test_other_settings_are_refused(finished, config_of, values, tmp_path):
     out = finished[0]
     with pytest.raises(InputError, match=r"begun with other settings \(flow\)"):
         run_ablation(config_of(out, flow={**TRAINING, "steps": 5}))
+    with pytest.raises(InputError, match=r"begun with other settings \(scoring.steps\)"):
+        run_ablation(config_of(out, scoring={**values["scoring"], "steps": 2}))
     rows = {**values["rows"], "Exp 1": {**values["rows"]["Exp 1"], "features": "diffusion"}}
     with pytest.raises(InputError, match=r"begun with other settings \(rows.Exp 1\)"):
         run_ablation(config_of(out, rows=rows))

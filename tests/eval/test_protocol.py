@@ -66,8 +66,10 @@ def test_truth_is_drawn_once(protocol, eval_data, eval_assets, tmp_path):
         draw_truth(fresh, None, protocol)
     draw_truth(fresh, eval_assets, protocol, "cpu")
     draw_truth(fresh, None, protocol)
+    draw_truth(fresh, eval_assets, protocol.model_copy(update={"size": 64}), "cpu")
+    draw_truth(fresh, None, protocol)  # another protocol has not taken its place
     rows = {row["id"]: row for row in fresh.objects()}
-    truth = read_truth(fresh, protocol.objects[0], rows["d"])
+    truth = read_truth(fresh, protocol, protocol.objects[0], rows["d"])
     assert truth.views.shape == (4, 3, 32, 32)
     assert truth.alpha.amax() > 0.9
     assert truth.seen(32).shape == (32, 32, 3)

@@ -144,7 +144,8 @@ class _Run:
         work, digest = load_lifting(choice, self.config.device, folder, lift, self.config.grid_size)
         failures = lift_objects(work, folder, self.ids, lift, digest, self.config.grid_size)
         _refuse(failures, f"features {name}")
-        write_atomically(lifted, json.dumps({"extractor": digest, "objects": len(self.ids)}).encode())
+        what = {"extractor": type(work.extractor).__name__, "channels": work.extractor.channels, "weights": digest}
+        write_atomically(lifted, json.dumps(what).encode())
         return folder
 
     def vae(self, name: str, seed: int) -> Path:
@@ -370,8 +371,10 @@ def _same_settings(config: AblationConfig, identity: str) -> None:
     known = before["config"]
     changed = [key for key in now if key not in ("rows", "extractors", "scoring") and known.get(key) != now[key]]
     changed += [f"rows.{name}" for name, row in now["rows"].items() if known["rows"].get(name, row) != row]
+    old, new = (AblationConfig.scored({**c["scoring"]}) for c in (known, now))
+    changed += [f"scoring.{key}" for key in new if old.get(key) != new[key]]
     if changed or before["identity"] != identity:
-        what = ", ".join(changed) or "scoring or the objects of the data set"
+        what = ", ".join(changed) or "the objects of the data set"
         raise InputError(f"{config.out} was begun with other settings ({what}); expected the same, or another out")
 
 

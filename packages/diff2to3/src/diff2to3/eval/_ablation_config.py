@@ -98,12 +98,13 @@ class AblationConfig(_Config):
         """16 hexadecimal digits of what a result depends on besides its row, its seed and the objects."""
         places = {"data", "source", "out", "seeds", "device", "extractors", "rows"}
         kept = self.model_dump(mode="json", exclude=places)
-        kept["scoring"] = {
-            k: v for k, v in kept["scoring"].items() if k not in ("lpips", "networks", "shown", "renderer")
-        }
-        return settings_hash(
-            kept | {"networks": sorted(self.scoring.networks), "lpips": self.scoring.lpips is not None}
-        )
+        return settings_hash(kept | {"scoring": self.scored(kept["scoring"])})
+
+    @staticmethod
+    def scored(scoring: dict[str, Any]) -> dict[str, Any]:
+        """What figures depend on, of a dumped :class:`Scoring`: not where weights are, and how much is shown."""
+        kept = {key: value for key, value in scoring.items() if key not in ("renderer", "shown")}
+        return kept | {"lpips": kept["lpips"] is not None, "networks": sorted(kept["networks"])}
 
 
 def row_digest(config: AblationConfig, name: str) -> str:

@@ -43,10 +43,7 @@ def write_tables(config: AblationConfig, store: Store, protocol: Protocol, ident
     for name, row in config.rows.items():
         found = list(results.get(name, {}).values())
         rows[names[name]] = dict(zip(MARKS, row.marks, strict=False)) | _spread([r["sets"] for r in found])
-    used = "; ".join(
-        f"{', '.join(n for n, row in config.rows.items() if row.features == name)}: {name}"
-        for name in config.extractors
-    )
+    used = "; ".join(f"{name} are {_extractor(config, name)}" for name in config.extractors)
     tables = [
         paper_table(ABLATION, rows, GENERATION_COLUMNS[:-1], MARKS),
         _NOTE.format(features=used),
@@ -64,6 +61,15 @@ def write_tables(config: AblationConfig, store: Store, protocol: Protocol, ident
     page = html_page("Ablation", tables, settings, _pictures(config, store, protocol), {})
     write_atomically(config.out / "index.html", page.encode())
     return "\n\n".join(tables)
+
+
+def _extractor(config: AblationConfig, name: str) -> str:
+    """What made features of that name, by what was lifted."""
+    path = config.out / "data" / name / "lifted.json"
+    if not path.is_file():
+        return "not lifted yet"
+    lifted = json.loads(path.read_text())
+    return f"{lifted['extractor']}' {lifted['channels']} channels"
 
 
 def _collect(config: AblationConfig, identity: str, merge: Sequence[Path]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -115,7 +121,7 @@ def _pictures(config: AblationConfig, store: Store, protocol: Protocol) -> dict[
     pictures = {}
     for entry in protocol.objects:
         if any(entry.id in kept for kept in made.values()):
-            truth = read_truth(store, entry, rows[entry.id])
+            truth = read_truth(store, protocol, entry, rows[entry.id])
             pictures[entry.id] = {"input": truth.seen(protocol.size), "truth": as_strip(truth.views)} | {
                 name: kept[entry.id] for name, kept in made.items() if entry.id in kept
             }

@@ -79,7 +79,9 @@ def evaluate_generation(
     features: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in networks or {}}
     starts = range(0, len(protocol.objects), _BATCH)
     for start in track(starts, "generation"):
-        truths = [read_truth(store, entry, rows[entry.id]) for entry in protocol.objects[start : start + _BATCH]]
+        truths = [
+            read_truth(store, protocol, entry, rows[entry.id]) for entry in protocol.objects[start : start + _BATCH]
+        ]
         for truth, made in zip(truths, make(truths), strict=True):
             own, novel = _draw(made, truth, protocol)
             entry = _object_scores(truth, made, own, novel, before, protocol.size, lpips)
@@ -177,7 +179,7 @@ def _object_scores(
     found = picture_scores(novel[0], truth.views, truth.alpha, lpips)
     entry |= {f"novel {name}": value for name, value in found.items()}
     entry["novel silhouette iou"] = silhouette_iou(novel[1], truth.alpha).mean().item()
-    if made.coords is not None:
+    if made.coords is not None and made.grid_size == truth.grid_size:
         entry["f-score"] = voxel_f_score(made.coords, truth.coords)
         entry["f-score turned"] = voxel_f_score(yaw_coords(made.coords, 1, made.grid_size), truth.coords)
         entry["voxel iou"] = voxel_iou(made.coords, truth.coords)

@@ -1,4 +1,4 @@
-"""Stage ``truth``: the pictures that a protocol compares with, drawn from the objects' own meshes."""
+"""Stage ``truth/<protocol>``: the pictures that a protocol compares with, drawn from the objects' own meshes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from diff2to3.data._store import Store, decode_png, encode_pngs
 from diff2to3.eval._protocol import Condition, Protocol
 from diff2to3.eval._scores import on_white
 
-STAGE = "truth"
+
+def truth_stage(protocol: Protocol) -> str:
+    """Name of the stage that holds the pictures of a protocol; protocols of one data set do not share it."""
+    return f"truth/{protocol.digest}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Truth:
         picture: the input, RGBA, uncropped.
         turned: the object turned by 90 degrees from the same camera, uint8 [F, F, 4]; a control.
         views, alpha: what is compared, on white.
-        coords: its surface voxels.
+        coords: its surface voxels, on a grid of ``grid_size``.
         row: of the data set's table.
     """
 
@@ -47,6 +50,7 @@ class Truth:
     views: Float[Tensor, "V 3 S S"]
     alpha: Float[Tensor, "V 1 S S"]
     coords: Int[Tensor, "L 3"]
+    grid_size: int
     row: dict[str, str]
 
     def seen(self, size: int) -> np.ndarray:
@@ -66,8 +70,8 @@ def draw_truth(store: Store, source: Path | None, protocol: Protocol, renderer: 
     """
     if unknown := sorted(set(protocol.ids) - {row["id"] for row in store.objects()}):
         raise InputError(f"{store.root}: {len(unknown)} objects of the protocol are not in it, first {unknown[0]}")
-    settings = {"protocol": protocol.digest}
-    done = store.finished(STAGE, settings, protocol.ids)
+    stage, settings = truth_stage(protocol), {"protocol": protocol.digest}
+    done = store.finished(stage, settings, protocol.ids)
     if len(done) == len(protocol.ids):
         return
     if source is None:
@@ -77,7 +81,7 @@ def draw_truth(store: Store, source: Path | None, protocol: Protocol, renderer: 
         )
     work = _Drawing(open_renderer(renderer), source, listed_paths(store), protocol)
     try:
-        failures = run_stage(store, STAGE, protocol.ids, work, settings)
+        failures = run_stage(store, stage, protocol.ids, work, settings)
     finally:
         work.renderer.close()
     if failures:
@@ -85,20 +89,21 @@ def draw_truth(store: Store, source: Path | None, protocol: Protocol, renderer: 
         raise InputError(f"{len(failures)} objects of the protocol cannot be drawn; {name}: {reason}")
 
 
-def read_truth(store: Store, condition: Condition, row: dict[str, str]) -> Truth:
+def read_truth(store: Store, protocol: Protocol, condition: Condition, row: dict[str, str]) -> Truth:
     """An object of a protocol, after :func:`draw_truth`."""
-    tensors = store.read(STAGE, condition.id)
+    tensors = store.read(truth_stage(protocol), condition.id)
     views, frames = (_pictures(tensors, kind) for kind in ("view", "condition"))
     color, alpha = on_white(views)
     coords = torch.from_numpy(store.read("voxels", condition.id)["coords"].astype(np.int64))
-    return Truth(condition, Image.fromarray(frames[0]), frames[1], color, alpha, coords, row)
+    grid_size = int(store.settings("voxels", condition.id).get("grid_size", 0))
+    return Truth(condition, Image.fromarray(frames[0]), frames[1], color, alpha, coords, grid_size, row)
 
 
 def write_inputs(store: Store, protocol: Protocol, folder: Path) -> int:
     """Writes the input pictures as ``<id>.png``, RGBA, slashes of an id as ``__``; returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in protocol.objects:
-        frame = _pictures(store.read(STAGE, entry.id), "condition")[0]
+        frame = _pictures(store.read(truth_stage(protocol), entry.id), "condition")[0]
         with replacing(folder / f"{entry.id.replace('/', '__')}.png") as path:
             Image.fromarray(frame).save(path, "PNG")
     return len(protocol.objects)
