@@ -277,7 +277,8 @@ class _Run:
             raise InputError(f"{stage}: {' '.join(str(error).split())}") from error
 
         def on_step(step: int) -> None:
-            if step % config.checkpoint_every == 0 and step < config.steps:
+            every = config.checkpoint_every
+            if every is not None and step % every == 0 and step < config.steps:
                 self._check_time()
 
         with redirect_stdout(sys.stderr):  # the table alone goes to stdout
