@@ -84,7 +84,8 @@ def test_known_asset_gets_its_scores_back(
             mesh = trimesh.Trimesh(vertices, part.faces, vertex_colors=colors, process=False)
             mesh.export(tmp_path / f"{entry.id}{suffix}")
     if as_gaussians:
-        expected = lambda truths: [Made(gaussian_drawing(known)) for _ in truths]  # noqa: E731
+        drawing = gaussian_drawing(known, filter_2d=method.filter_2d, antialias=method.antialias)
+        expected = lambda truths: [Made(drawing) for _ in truths]  # noqa: E731
     else:
         mesh = load_mesh(eval_assets / "a.glb")
         expected = lambda truths: [Made(_mesh_drawing(mesh, mesh_renderer("cpu"), protocol)) for _ in truths]  # noqa: E731

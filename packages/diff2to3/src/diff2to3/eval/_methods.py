@@ -58,6 +58,8 @@ class Method(BaseModel):
     checked: bool = True
     frame: Literal["canonical", "view", "camera", "view-snapped"]
     scale: PositiveFloat | Literal["fit"]
+    filter_2d: float = Field(default=0.3, ge=0)
+    antialias: bool = False
     files: dict[str, Axes] = Field(min_length=1)
 
     def rotation(self, suffix: str, condition: Condition) -> Float[np.ndarray, "3 3"]:
@@ -143,7 +145,8 @@ def _made(
             gaussians = load(file, up="z").transform(rotation.tolist())
             visible = gaussians.means[gaussians.opacities >= _VISIBLE]
             scale, shift = _size(method, visible if len(visible) else gaussians.means)
-            return Made(gaussian_drawing(gaussians.transform(None, shift, scale)))
+            moved = gaussians.transform(None, shift, scale)
+            return Made(gaussian_drawing(moved, filter_2d=method.filter_2d, antialias=method.antialias))
         parts = [_turned(part, rotation) for part in load_mesh_parts(file)]
         scale, shift = _size(method, torch.from_numpy(np.concatenate([p.vertices[np.unique(p.faces)] for p in parts])))
         return Made(_mesh_drawing(Mesh(tuple(_moved(p, scale, shift) for p in parts)), draw_mesh(), protocol))
