@@ -26,4 +26,11 @@ def diff2to3_components() -> list[ComponentSpec]:
             weights="own",
             licence=licence_rows("dino"),
         ),
+        ComponentSpec(
+            role="feature_extractor",
+            name="vgg16",
+            target="flux_features:VGGFeatures",
+            config="flux_features:VGGFeaturesConfig",
+            weights="own",
+        ),
     ]

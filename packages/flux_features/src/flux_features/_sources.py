@@ -11,6 +11,7 @@ from flux_features._dino import DinoFeatures, DinoFeaturesConfig
 from flux_features._dino_weights import Library, is_dino
 from flux_features._extractor import FluxFeatures
 from flux_features._hub import Consent
+from flux_features._vgg import VGGFeatures, VGGFeaturesConfig, is_vgg
 
 
 def load_extractor(
@@ -20,12 +21,12 @@ def load_extractor(
     library: Library = "transformers",
     revision: str | None = None,
     accept_licence: Consent = False,
-) -> FluxFeatures | DinoFeatures:
+) -> FluxFeatures | DinoFeatures | VGGFeatures:
     """The extractor whose weights are at a place, in float32 and eval mode.
 
     Args:
         source: a file, a directory or a Hub id, as :meth:`FluxFeatures.from_pretrained` and
-            :meth:`DinoFeatures.from_pretrained` take them.
+            :meth:`DinoFeatures.from_pretrained` take them; or a file of VGG16, see :class:`VGGFeatures`.
         preset: of :class:`FluxFeaturesConfig`, or ``"dino"``; None: of files and directories what they tell, of
             well-known ids what they are. Other ids need it.
         library: whose network runs DINOv2's weights.
@@ -37,6 +38,8 @@ def load_extractor(
         FileNotFoundError, PermissionError, ConnectionError: they cannot be had, as those two say.
         ImportError: a library is not installed.
     """
+    if preset is None and is_vgg(Path(source)):
+        return VGGFeatures(VGGFeaturesConfig(source=Path(source)))
     preset = preset or preset_of(source)
     if preset == "dino":
         settings = DinoFeaturesConfig(library=library)

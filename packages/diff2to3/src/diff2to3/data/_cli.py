@@ -204,7 +204,7 @@ def voxelize(
     required=True,
     metavar="SOURCE",
     help="Weights: `tiny` (embedded) or a pipeline, a model folder of `diff2to3 train autoencoder`, a directory or "
-    "ae.safetensors of FLUX, FLUX.2 or DINOv2, or a Hub id.",
+    "ae.safetensors of FLUX, FLUX.2 or DINOv2, VGG16's LPIPS file, or a Hub id.",
 )
 @click.option("--preset", help="Of a Hub id that is not well known: paper, flux2, taef1, taef2 or dino.")
 @click.option(

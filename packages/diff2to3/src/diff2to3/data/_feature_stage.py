@@ -79,16 +79,22 @@ class Lifting:
         return {"features": torch.stack(lifted).half().cpu().numpy(), "hue": hues, "mirrored": mirrored}
 
     def maps(self, images: Float[Tensor, "V 3 S S"]) -> Float[Tensor, "V C h w"]:
-        """Feature maps, float32, that tile their pictures.
-
-        Cells of a network that pads (DINOv2: 14 px) would reach beyond pictures whose side is no multiple of them; such
-        pictures are resized to the side that the network was made for, as TRELLIS does with its renders.
-        """
-        side = self.extractor.image_size
-        if images.shape[-1] % (self.extractor.stride * getattr(self.extractor, "patch", 1)):
-            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        """Feature maps, float32, that tile their pictures."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return torch.cat([self.extractor(part).float() for part in images.split(_VIEWS_AT_ONCE)])
+            parts = fitting(self.extractor, images).split(_VIEWS_AT_ONCE)
+            return torch.cat([self.extractor(part).float() for part in parts])
+
+
+def fitting(extractor: FeatureExtractor, images: Float[Tensor, "V 3 S S"]) -> Float[Tensor, "V 3 T T"]:
+    """The pictures, of a side that the extractor's cells tile.
+
+    Cells of a network that pads (DINOv2: 14 px) would reach beyond pictures whose side is no multiple of them; such
+    pictures are resized to the side that the network was made for, as TRELLIS does with its renders.
+    """
+    if images.shape[-1] % (extractor.stride * getattr(extractor, "patch", 1)):
+        side = extractor.image_size
+        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    return images
 
 
 def lift_objects(

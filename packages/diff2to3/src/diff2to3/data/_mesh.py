@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from diff2to3.data._limits import MAX_DRAWN_PIXELS, RefusedAsset, check_size, read_asset
 
 MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply")
+_Z_UP = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32)  # y up -> z up; glTF's front +z -> -y
 _LONGEST_SIDE = 0.95  # of the unit cube; leaves a margin so that no surface voxel touches the border
 _SMALLEST_EXTENT = 1e-30  # below it, or above its inverse, scaling in float32 loses the shape
 _MAX_EDGES_SQUARED = 2e4  # in sides of the cube squared: 12 s to voxelize at 64^3; real assets stay below 500
@@ -83,6 +84,23 @@ def load_mesh(path: str | Path) -> Mesh:
     return mesh
 
 
+def load_mesh_parts(path: str | Path) -> list[MeshPart]:
+    """The parts of an asset in the axes and units of its file, neither turned nor scaled.
+
+    Raises:
+        ValueError: as :func:`load_mesh`.
+    """
+    try:
+        parts = [replace(part, vertices=part.vertices @ _Z_UP) for part in _load_parts(Path(path))]
+    except RefusedAsset as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from error
+    except Exception as error:  # as above
+        raise ValueError(f"{path}: not a readable mesh ({type(error).__name__}: {_one_line(error)})") from error
+    if not parts or not all(np.isfinite(part.vertices).all() for part in parts):
+        raise ValueError(f"{path}: expected triangles with finite coordinates")
+    return parts
+
+
 def _load_parts(path: Path) -> list[MeshPart]:
     import trimesh
 
@@ -133,7 +151,7 @@ def _part(geometry: Any, transform: np.ndarray, textures: _Textures) -> MeshPart
     from trimesh.visual.color import to_rgba
 
     vertices = geometry.vertices @ transform[:3, :3].T + transform[:3, 3]
-    vertices = np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], 1)  # y up -> z up; glTF's front +z -> -y
+    vertices = vertices @ _Z_UP.T
     visual = geometry.visual
     uv = getattr(visual, "uv", None)
     texture = np.full((1, 1, 4), 255, np.uint8)

@@ -1,136 +1,197 @@
-"""How well a pipeline turns one picture into the object it shows."""
+"""How well assets made from one picture are the object that it shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gs_render import Camera, render
-from PIL import Image
+from gs_render import Camera, Gaussians, render
+from jaxtyping import Int
 from torch import Tensor
 
-from diff2to3._plugins import MeshRenderer
 from diff2to3._progress import track
 from diff2to3.data._augment import snap_quarter_turns, turn_cameras, yaw_coords
-from diff2to3.data._mesh import load_mesh
-from diff2to3.data._render_stage import asset_path
-from diff2to3.data._renderers import open_renderer
 from diff2to3.data._store import Store
-from diff2to3.eval._scores import on_white, picture_scores, silhouette_iou, voxel_f_score, voxel_iou
+from diff2to3.eval._distances import frechet_distance, kernel_distance, similarity
+from diff2to3.eval._networks import Network
+from diff2to3.eval._protocol import Protocol
+from diff2to3.eval._scores import (
+    Scores,
+    as_strip,
+    on_white,
+    picture_scores,
+    silhouette_iou,
+    voxel_f_score,
+    voxel_iou,
+)
+from diff2to3.eval._truth import Truth, read_truth
 
 if TYPE_CHECKING:
     from diff2to3._pipeline import Pipeline
 
-_BATCH = 8  # objects generated at once
+_BATCH = 8  # objects made at once
+LPIPS = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Made:
+    """An asset that some method made of an object.
+
+    Attributes:
+        draw: poses [V, 4, 4] and intrinsics [V, 3, 3] of cameras about the true object, and the pictures' side ->
+            colour on white [V, 3, S, S] and alpha [V, 1, S, S], on the CPU.
+        coords: voxels of the asset in the true object's frame, where the method has them, and their grid.
+    """
+
+    draw: Callable[[np.ndarray, np.ndarray, int], tuple[Tensor, Tensor]]
+    coords: Int[Tensor, "L 3"] | None = None
+    grid_size: int = 0
+
+
+Make = Callable[[Sequence[Truth]], Sequence[Made]]
 
 
 def evaluate_generation(
-    pipeline: Pipeline,
+    make: Make,
     store: Store,
-    source: Path,
-    rows: list[dict[str, str]],
+    protocol: Protocol,
     *,
-    size: int = 256,
-    seed: int = 0,
-    view: int | None = None,
-    sampling: dict[str, Any] | None = None,
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-    gallery: Path | None = None,
-    renderer: str = "auto",
-) -> list[dict[str, Any]]:
-    """Scores of every object: one stored condition view is the input, and the asset is drawn from that view's camera.
+    lpips: LPIPS | None = None,
+    networks: Mapping[str, Network] | None = None,
+    shown: int = 0,
+) -> Scores:
+    """Scores of every object of a protocol; the stage ``truth`` has been drawn.
 
-    Controls: ``white`` an empty picture; ``turned`` the true object turned by 90 degrees; ``other`` the asset of the
-    next object in the list, scored against this object's picture; ``f-score turned`` the found voxels turned by 90
-    degrees.
+    Figures of the input's own camera have plain names and their controls: ``white`` an empty picture; ``turned`` the
+    true object turned by 90 degrees; ``other`` the asset of the object before it in the list; ``f-score turned`` the
+    found voxels turned by 90 degrees. Those of the protocol's cameras begin with ``novel``.
 
     Args:
-        source: folder of the assets (the input picture is rendered again, uncropped, as a user would have it).
-        view: which stored condition view; None takes a different one for every object.
-        sampling: ``steps`` and ``guidance`` of the pipeline.
-        gallery: PNG to write, a row an object: input, the asset from the same camera, and from four sides.
-        renderer: component of the role ``mesh_renderer`` that draws the input.
+        make: the method.
+        networks: whose FD and KD, and for ``clip`` the similarity to the input, are to be found.
+        shown: objects whose pictures are kept.
     """
-    draw, inputs = open_renderer(renderer), []
-    for number, row in enumerate(rows):
-        inputs.append(_input(draw, store, source, row, view if view is not None else number % 12))
-    assets = []
-    for start in track(range(0, len(inputs), _BATCH), "generation"):
-        pictures = [Image.fromarray(item["frame"]) for item in inputs[start : start + _BATCH]]
-        assets += pipeline.batch(pictures, seed=seed, **(sampling or {}))
-    scores, pages = [], []
-    frame = pipeline.config.frame
-    filters = {"filter_2d": pipeline.latent_decoder.config.gaussians.filter_2d, "antialias": True}  # type: ignore[attr-defined]
-    drawn = []
-    for item, asset in zip(inputs, assets, strict=True):
-        turn = snap_quarter_turns(item["azimuth"]) if frame == "view-snapped" else 0
-        scale = size / len(item["frame"])
-        intrinsics = torch.from_numpy(item["intrinsics"] * np.array([[scale], [scale], [1]], np.float32))[None]
-        camera = Camera(turn_cameras(torch.from_numpy(item["pose"])[None], turn), intrinsics, size, size)
+    result, before = Scores(), None
+    rows = {row["id"]: row for row in store.objects()}
+    features: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in networks or {}}
+    starts = range(0, len(protocol.objects), _BATCH)
+    for start in track(starts, "generation"):
+        truths = [
+            read_truth(store, protocol, entry, rows[entry.id]) for entry in protocol.objects[start : start + _BATCH]
+        ]
+        for truth, made in zip(truths, make(truths), strict=True):
+            own, novel = _draw(made, truth, protocol)
+            entry = _object_scores(truth, made, own, novel, before, protocol.size, lpips)
+            result.objects.append(entry)
+            seen = truth.seen(protocol.size)
+            seen_pixels = torch.from_numpy(seen).permute(2, 0, 1)[None] / 255
+            for name, network in (networks or {}).items():
+                features[name].append((network(truth.views), network(novel[0]), network(seen_pixels)))
+            if len(result.pictures) < shown:
+                result.pictures[truth.condition.id] = {
+                    "input": seen,
+                    "truth": as_strip(truth.views),
+                    "made": as_strip(novel[0]),
+                }
+            before = own[0]
+    for name, parts in features.items():
+        result.sets |= _set_scores(name, *(torch.cat(column) for column in zip(*parts, strict=True)))
+    return result
+
+
+def pipeline_maker(
+    pipeline: Pipeline, *, seed: int = 0, sampling: Mapping[str, Any] | None = None, known_voxels: Any = None
+) -> Make:
+    """Assets of a pipeline.
+
+    Args:
+        sampling: ``steps`` and ``guidance`` of the pipeline.
+        known_voxels: a structure that is told the voxels of each batch instead of finding them.
+    """
+    config: Any = pipeline.latent_decoder.config
+    filters = {"filter_2d": config.gaussians.filter_2d, "antialias": True}
+    grid_size = pipeline.structure.grid_size
+
+    def make(truths: Sequence[Truth]) -> list[Made]:
+        snapped = pipeline.config.frame == "view-snapped"
+        turns = [snap_quarter_turns(truth.condition.azimuth) if snapped else 0 for truth in truths]
+        if known_voxels is not None:
+            known_voxels.tell([yaw_coords(t.coords, n, grid_size) for t, n in zip(truths, turns, strict=True)])
+        assets = pipeline.batch([truth.picture for truth in truths], seed=seed, **(sampling or {}))
+        return [
+            Made(
+                gaussian_drawing(asset.gaussians, turn, **filters),
+                yaw_coords(asset.voxels.cpu(), -turn, grid_size),
+                grid_size,
+            )
+            for asset, turn in zip(assets, turns, strict=True)
+        ]
+
+    return make
+
+
+def gaussian_drawing(
+    gaussians: Gaussians, quarter_turns: int = 0, **filters: Any
+) -> Callable[[np.ndarray, np.ndarray, int], tuple[Tensor, Tensor]]:
+    """`Made.draw` of Gaussians that lie in the true object's frame turned by some quarter turns."""
+
+    def draw(poses: np.ndarray, intrinsics: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
+        cameras = Camera(turn_cameras(torch.from_numpy(poses), quarter_turns), torch.from_numpy(intrinsics), size, size)
         with torch.inference_mode():
-            drawn.append((render(asset.gaussians, camera, 1.0, **filters), turn))
-    for number, (row, item, asset, (picture, turn)) in enumerate(zip(rows, inputs, assets, drawn, strict=True)):
-        target, alpha = on_white(item["frame"][None], size)
-        image = _picture(picture)
-        found = asset.voxels.cpu()
-        true = yaw_coords(item["coords"], turn, pipeline.structure.grid_size)
-        entry: dict[str, Any] = {
-            "id": row["id"],
-            "has_texture": row.get("has_texture", ""),
-            "voxels": float(len(found)),
-        }
-        entry |= picture_scores(image, target, alpha, lpips)
-        entry["silhouette iou"] = silhouette_iou(picture.alpha.permute(0, 3, 1, 2).cpu(), alpha).item()
-        other = _picture(drawn[(number + 1) % len(drawn)][0])
-        for name, control in (
-            ("white", torch.ones_like(target)),
-            ("turned", on_white(item["turned"][None], size)[0]),
-            ("other", other),
-        ):
+            output = render(gaussians, cameras, 1.0, **filters)
+        return output.color.permute(0, 3, 1, 2).clamp(0, 1).cpu(), output.alpha.permute(0, 3, 1, 2).cpu()
+
+    return draw
+
+
+def _draw(made: Made, truth: Truth, protocol: Protocol) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The asset from the input's camera and from the protocol's."""
+    condition, size = truth.condition, protocol.size
+    scale = size / condition.frame
+    intrinsics = np.array(condition.intrinsics, np.float32) * np.array([[scale], [scale], [1]], np.float32)
+    pose = np.array(condition.world_to_camera, np.float32)
+    views = protocol.cameras(size)
+    return made.draw(pose[None], intrinsics[None], size), made.draw(views.world_to_camera, views.intrinsics, size)
+
+
+def _object_scores(
+    truth: Truth,
+    made: Made,
+    own: tuple[Tensor, Tensor],
+    novel: tuple[Tensor, Tensor],
+    before: Tensor | None,
+    size: int,
+    lpips: LPIPS | None,
+) -> dict[str, Any]:
+    target, alpha = on_white(np.asarray(truth.picture)[None], size)
+    entry: dict[str, Any] = {"id": truth.condition.id, "has_texture": truth.row.get("has_texture", "")}
+    if made.coords is not None:
+        entry["voxels"] = float(len(made.coords))
+    entry |= picture_scores(own[0], target, alpha, lpips)
+    entry["silhouette iou"] = silhouette_iou(own[1], alpha).item()
+    controls = {"white": torch.ones_like(target), "turned": on_white(truth.turned[None], size)[0], "other": before}
+    for name, control in controls.items():
+        if control is not None:
             entry[f"psnr {name}"] = picture_scores(control, target, alpha, None)["psnr"]
-        entry["f-score"] = voxel_f_score(found, true)
-        entry["f-score turned"] = voxel_f_score(yaw_coords(found, 1, pipeline.structure.grid_size), true)
-        entry["voxel iou"] = voxel_iou(found, true)
-        scores.append(entry)
-        if gallery is not None:
-            pages.append(_row(target, image, asset, size, filters))
-    if gallery is not None:
-        gallery.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate(pages)).save(gallery)
+    found = picture_scores(novel[0], truth.views, truth.alpha, lpips)
+    entry |= {f"novel {name}": value for name, value in found.items()}
+    entry["novel silhouette iou"] = silhouette_iou(novel[1], truth.alpha).mean().item()
+    if made.coords is not None and made.grid_size == truth.grid_size:
+        entry["f-score"] = voxel_f_score(made.coords, truth.coords)
+        entry["f-score turned"] = voxel_f_score(yaw_coords(made.coords, 1, made.grid_size), truth.coords)
+        entry["voxel iou"] = voxel_iou(made.coords, truth.coords)
+    return entry
+
+
+def _set_scores(name: str, real: Tensor, made: Tensor, inputs: Tensor) -> dict[str, float]:
+    """CLIP score, or FD and KD (in percent, as the paper has it) under a network's name."""
+    if name == "clip":
+        return {"CLIP": float(similarity(made, inputs.repeat_interleave(len(made) // len(inputs), 0)).mean())}
+    suffix = "incep" if name == "inception" else name
+    scores = {f"FD_{suffix}": frechet_distance(real, made), f"KD_{suffix}": 100 * kernel_distance(real, made)}
+    if name == "vgg":  # beside FD_vgg what CLIP would be asked, under its own name
+        scores["cos_vgg"] = float(similarity(made, inputs.repeat_interleave(len(made) // len(inputs), 0)).mean())
     return scores
-
-
-def _input(draw: MeshRenderer, store: Store, source: Path, row: dict[str, str], view: int) -> dict[str, Any]:
-    object_id = row["id"]
-    rendered = store.read("render", object_id)
-    view %= len(rendered["condition_pose"])
-    pose, intrinsics = rendered["condition_pose"][view], rendered["condition_intrinsics"][view]
-    turned = turn_cameras(torch.from_numpy(pose)[None], 1)[0].numpy()
-    mesh = load_mesh(asset_path(source, object_id, row.get("path")))
-    side = round(2 * float(intrinsics[0, 2]))  # of the frame that the stored view was cut from
-    frames, _ = draw(mesh, np.stack([pose, turned]), np.stack([intrinsics, intrinsics]), side)
-    coords = torch.from_numpy(store.read("voxels", object_id)["coords"].astype(np.int64))
-    azimuth = float(rendered["condition_azimuth"][view])
-    return {
-        "frame": frames[0],
-        "turned": frames[1],
-        "pose": pose,
-        "intrinsics": intrinsics,
-        "azimuth": azimuth,
-        "coords": coords,
-    }
-
-
-def _picture(output: Any) -> Tensor:
-    return output.color.permute(0, 3, 1, 2).clamp(0, 1).cpu()
-
-
-def _row(target: Tensor, image: Tensor, asset: Any, size: int, filters: dict[str, Any]) -> np.ndarray:
-    cameras = Camera.orbit(num_views=4, size=size)
-    with torch.inference_mode():
-        around = _picture(render(asset.gaussians, cameras, 1.0, **filters))
-    strip = torch.cat([target, image, around]).permute(0, 2, 3, 1).mul(255).round().byte()
-    return np.concatenate(list(strip.numpy()), axis=1)

@@ -7,19 +7,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from flux_features import FluxFeatures, lift_features, voxel_centres
+from flux_features import lift_features, voxel_centres
 from gs_render import Camera, Gaussians, render
 from sparse_vae import SparseTensor, SparseVAE, Topology
 from torch import Tensor
 
+from diff2to3._plugins import FeatureExtractor
 from diff2to3._progress import track
+from diff2to3.data._feature_stage import fitting
 from diff2to3.data._store import Store, decode_png
-from diff2to3.eval._scores import on_white, picture_scores
+from diff2to3.eval._scores import Scores, as_strip, on_white, picture_scores
 
 
 @torch.inference_mode()
 def reconstruct(
-    extractor: FluxFeatures,
+    extractor: FeatureExtractor,
     vae: SparseVAE,
     rendered: dict[str, np.ndarray],
     coords: Tensor,
@@ -38,7 +40,7 @@ def reconstruct(
         size,
     )
     depth = torch.from_numpy(rendered["view_depth"][:num_views]).to(device).float()
-    maps = torch.cat([extractor(part.to(device)) for part in color.split(8)])
+    maps = torch.cat([extractor(fitting(extractor, part.to(device))) for part in color.split(8)])
     grid_size = vae.config.grid_size
     features = lift_features(maps, cameras, voxel_centres(coords.to(device), grid_size), visibility, depth=depth)  # type: ignore[arg-type]
     topology, order = Topology.from_coords([coords.to(device)], grid_size)
@@ -47,7 +49,7 @@ def reconstruct(
 
 
 def evaluate_reconstruction(
-    extractor: FluxFeatures,
+    extractor: FeatureExtractor,
     vae: SparseVAE,
     store: Store,
     rows: list[dict[str, str]],
@@ -55,12 +57,15 @@ def evaluate_reconstruction(
     num_views: int = 32,
     visibility: str = "depth",
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> list[dict[str, Any]]:
+    shown: int = 0,
+) -> Scores:
     """Scores of every object at its stored views past ``num_views``, on white, beside their controls.
+
+    Of the first ``shown`` objects up to four pictures are kept.
 
     Controls: ``white`` is an empty picture; ``other`` the reconstruction of the object before it in the list.
     """
-    device, scores, before = next(vae.parameters()).device, [], None
+    device, scores, before = next(vae.parameters()).device, Scores(), None
     for row in track(rows, "reconstruction", total=len(rows)):
         rendered = store.read("render", row["id"])
         coords = torch.from_numpy(store.read("voxels", row["id"])["coords"].astype(np.int64))
@@ -85,10 +90,13 @@ def evaluate_reconstruction(
                 )
 
         entry: dict[str, Any] = {"id": row["id"], "has_texture": row.get("has_texture", "")}
-        entry |= picture_scores(draw(gaussians), target, alpha, lpips)
+        image = draw(gaussians)
+        entry |= picture_scores(image, target, alpha, lpips)
         entry["psnr white"] = picture_scores(torch.ones_like(target), target, alpha, None)["psnr"]
         if before is not None:
             entry["psnr other"] = picture_scores(draw(before), target, alpha, None)["psnr"]
-        scores.append(entry)
+        scores.objects.append(entry)
+        if len(scores.pictures) < shown:
+            scores.pictures[row["id"]] = {"truth": as_strip(target[:4]), "decoded": as_strip(image[:4])}
         before = gaussians
     return scores

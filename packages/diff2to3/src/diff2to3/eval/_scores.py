@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +13,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+@dataclass
+class Scores:
+    """What an evaluation found.
+
+    Attributes:
+        objects: a row of figures an object.
+        sets: figures of all pictures together (FD, KD, CLIP).
+        pictures: of the first objects by id: what they show, uint8 [H, W, 3] each.
+    """
+
+    objects: list[dict[str, Any]] = field(default_factory=list)
+    sets: dict[str, float] = field(default_factory=dict)
+    pictures: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
 def on_white(
     rgba: np.ndarray | Tensor, size: int | None = None
 ) -> tuple[Float[Tensor, "V 3 H W"], Float[Tensor, "V 1 H W"]]:
     """Straight-alpha uint8 pictures [V, H, W, 4] -> RGB on white, and alpha; shrunk to ``size`` by area if given."""
-    pictures = torch.as_tensor(np.asarray(rgba)).float().permute(0, 3, 1, 2) / 255
+    pictures = torch.as_tensor(np.array(rgba)).float().permute(0, 3, 1, 2) / 255
     alpha = pictures[:, 3:]
     color = pictures[:, :3] * alpha + 1 - alpha
     if size is not None and color.shape[-1] != size:
@@ -64,16 +81,16 @@ def picture_scores(
     return scores if lpips is None else scores | {"lpips": lpips(image, target).mean().item()}
 
 
-def summary(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean and median of every figure over the objects that have it."""
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, float))
     columns = {key: np.array([row[key] for row in rows if key in row]) for key in keys}
     return {key: {"mean": float(v.mean()), "median": float(np.median(v)), "n": len(v)} for key, v in columns.items()}
 
 
-def table(rows: Sequence[dict[str, float]], subsets: dict[str, Sequence[dict[str, float]]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], subsets: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Markdown: a line a figure, mean (median) over all objects and over each subset."""
-    groups = {"all": rows} | subsets
+    groups = {"all": rows, **subsets}
     found = {name: summary(group) for name, group in groups.items()}
     lines = ["| figure | " + " | ".join(f"{name} ({len(group)})" for name, group in groups.items()) + " |"]
     lines.append("|---" * (len(groups) + 1) + "|")
@@ -81,3 +98,8 @@ def table(rows: Sequence[dict[str, float]], subsets: dict[str, Sequence[dict[str
         cells = [f"{s[key]['mean']:.4g} ({s[key]['median']:.4g})" if key in s else "" for s in found.values()]
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def as_strip(pictures: Float[Tensor, "V 3 H W"]) -> np.ndarray:
+    """Pictures side by side, uint8 [H, V * W, 3]."""
+    return torch.cat([*pictures.cpu()], -1).mul(255).round().byte().permute(1, 2, 0).numpy()

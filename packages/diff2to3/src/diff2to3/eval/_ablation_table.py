@@ -1,0 +1,137 @@
+"""The ablation's table: means over seeds with their spread, beside the paper's rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diff2to3._errors import InputError
+from diff2to3.data._store import Store, write_atomically
+from diff2to3.eval._ablation_config import AblationConfig, row_digest
+from diff2to3.eval._paper import ABLATION, GENERATION_COLUMNS, RECONSTRUCTION, RECONSTRUCTION_COLUMNS
+from diff2to3.eval._protocol import Protocol
+from diff2to3.eval._report import PAPER_NOTE, html_page, paper_table
+from diff2to3.eval._scores import as_strip
+from diff2to3.eval._truth import read_truth
+
+MARKS = ("2to3-VAE", "SMDiT", "MARoPE")
+_FIGURES = (
+    "psnr",
+    "psnr_foreground",
+    "ssim",
+    "lpips",
+    "novel psnr",
+    "novel psnr_foreground",
+    "novel ssim",
+    "novel lpips",
+)
+_NOTE = (
+    "Mean and standard deviation over the seeds. All rows: the same objects, input pictures, true voxels, seeds, steps"
+    " and batch sizes. Features: {features}."
+)
+
+
+def write_tables(config: AblationConfig, store: Store, protocol: Protocol, identity: str, merge: Sequence[Path]) -> str:
+    """Writes ``table.md``, ``results.json`` and ``index.html`` of all results; returns the tables."""
+    results = _collect(config, identity, merge)
+    names = {name: f"{name} ({len(results.get(name, {}))} seeds)" for name in config.rows}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, row in config.rows.items():
+        found = list(results.get(name, {}).values())
+        rows[names[name]] = dict(zip(MARKS, row.marks, strict=False)) | _spread([r["sets"] for r in found])
+    used = "; ".join(f"{name} are {_extractor(config, name)}" for name in config.extractors)
+    tables = [
+        paper_table(ABLATION, rows, GENERATION_COLUMNS[:-1], MARKS),
+        _NOTE.format(features=used),
+        PAPER_NOTE,
+        _figures("generation", {names[n]: list(results.get(n, {}).values()) for n in config.rows}, _FIGURES),
+    ]
+    vaes = {f"VAE of {n} features": list(results.get(f"vae {n}", {}).values()) for n in config.extractors}
+    if any(vaes.values()):
+        own = {n: _spread([_means(r) for r in found]) for n, found in vaes.items()}
+        tables.append(paper_table(RECONSTRUCTION, own, RECONSTRUCTION_COLUMNS))
+    everything = [result for seeds in results.values() for result in seeds.values()]
+    write_atomically(config.out / "results.json", json.dumps(everything, indent=1).encode())
+    write_atomically(config.out / "table.md", ("\n\n".join(["# Ablation", *tables]) + "\n").encode())
+    settings = config.model_dump(mode="json", exclude={"data", "source", "out"})
+    page = html_page("Ablation", tables, settings, _pictures(config, store, protocol), {})
+    write_atomically(config.out / "index.html", page.encode())
+    return "\n\n".join(tables)
+
+
+def _extractor(config: AblationConfig, name: str) -> str:
+    """What made features of that name, by what was lifted."""
+    path = config.out / "data" / name / "lifted.json"
+    if not path.is_file():
+        return "not lifted yet"
+    lifted = json.loads(path.read_text())
+    return f"{lifted['extractor']}' {lifted['channels']} channels"
+
+
+def _collect(config: AblationConfig, identity: str, merge: Sequence[Path]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Results by row and seed, of the run folder and of those that join it."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for folder in (*merge, config.out):
+        files = sorted((folder / "results").glob("*.json"))
+        if folder in merge and not files:
+            raise InputError(f"--merge {folder}: no results there; expected the run folder of an ablation")
+        for file in files:
+            try:
+                result = json.loads(file.read_text())
+                name, seed, same = result["name"], int(result["seed"]), (result["identity"], result["row"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{file}: not the result of an ablation ({error})") from error
+            if same != (identity, row_digest(config, name)):
+                raise InputError(f"{file}: of other settings, objects or cameras than {config.out}; cannot be merged")
+            found.setdefault(name, {})[seed] = result
+    return found
+
+
+def _means(result: Mapping[str, Any]) -> dict[str, float]:
+    return {key: entry["mean"] for key, entry in result["summary"].items()}
+
+
+def _spread(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """``mean ± deviation`` of every figure that all rows have; the number of parameters alone."""
+    cells: dict[str, Any] = {}
+    for key in (k for k in (rows[0] if rows else ()) if all(k in row for row in rows)):
+        values = np.array([row[key] for row in rows], np.float64)
+        spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 and key != "params" else ""
+        cells[key] = f"{values.mean():.4g}{spread}"
+    return cells
+
+
+def _figures(title: str, results: Mapping[str, Sequence[Mapping[str, Any]]], figures: Sequence[str]) -> str:
+    """Markdown: a line a row of the table, a column a figure that any of them has."""
+    cells = {name: _spread([_means(r) for r in found]) for name, found in results.items()}
+    shown = [key for key in figures if any(key in row for row in cells.values())]
+    lines = [f"| {title} | " + " | ".join(shown) + " |", "|---" + "|--:" * len(shown) + "|"]
+    lines += [f"| {name} | " + " | ".join(row.get(key, "") for key in shown) + " |" for name, row in cells.items()]
+    return "\n".join(lines)
+
+
+def _pictures(config: AblationConfig, store: Store, protocol: Protocol) -> dict[str, dict[str, np.ndarray]]:
+    """Input, truth and every row's first seed, of the objects whose pictures were kept."""
+    made = {name: dict(_kept(config, name)) for name in config.rows}
+    rows = {row["id"]: row for row in store.objects()}
+    pictures = {}
+    for entry in protocol.objects:
+        if any(entry.id in kept for kept in made.values()):
+            truth = read_truth(store, protocol, entry, rows[entry.id])
+            pictures[entry.id] = {"input": truth.seen(protocol.size), "truth": as_strip(truth.views)} | {
+                name: kept[entry.id] for name, kept in made.items() if entry.id in kept
+            }
+    return pictures
+
+
+def _kept(config: AblationConfig, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    for seed in config.seeds:
+        path = config.out / "results" / f"{name}-{seed}.npz"
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as file:
+                yield from ((key, file[key]) for key in file.files)
+            return
