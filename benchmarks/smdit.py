@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from marope import kernel_backend
 from smdit import (
     CapturedVelocity,
     EulerSampler,
+    MasterWeights,
     SMDiT,
     SMDiTConfig,
     StructureDiT,
@@ -45,6 +46,13 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 SCENES = {"cpu": ("tiny", torch.float32, (2_475,), 16), "cuda": ("paper", torch.bfloat16, (20_000, 10_000), 32)}
+TRAINING = {  # weights in half precision with masters; blocks compiled, and if so whether launched from C++
+    "autocast": (False, None),
+    "autocast, compiled blocks": (False, False),
+    "MasterWeights": (True, None),
+    "MasterWeights, compiled blocks": (True, False),
+    "MasterWeights, compiled blocks launched from C++": (True, True),
+}
 PARTS = ("forward", "sampling", "training", "compiled")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
@@ -278,35 +286,43 @@ def wake(model: torch.nn.Module) -> None:
             parameter.data.copy_(values.to(parameter))
 
 
-def training_rows(config: SMDiTConfig, count: int, side: int, repeats: int) -> list[list[str]]:
-    """Forward, backward and AdamW on float32 weights, one object, eager and with compiled blocks."""
+def training_step(config: SMDiTConfig, count: int, side: int, halves: bool) -> tuple[SMDiT, Callable[[], None]]:
+    """A model and its step of forward, backward and AdamW on one object; under autocast, or with masters of halves."""
     model = SMDiT(config).to("cuda").train()
     wake(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    masters = MasterWeights(model, torch.bfloat16) if halves else None
+    parameters = model.parameters() if masters is None else masters.parameters
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     x, _, condition = inputs(config, count, side, 1, "cuda")
     generator = torch.Generator("cuda").manual_seed(0)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=masters is None):
             loss = flow_matching_loss(model, x, condition, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if masters is not None:
+            masters.take_gradients()
         optimizer.step()
+        if masters is not None:
+            masters.give_weights()
 
-    rows = []
-    ways = {"eager": None, "compiled blocks": False, "compiled blocks, launched from C++": True}
-    for name, cpp_wrapper in ways.items():
-        if cpp_wrapper is not None:
-            compile_blocks(model, cpp_wrapper=cpp_wrapper)
-        begin = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        first = time.perf_counter() - begin
-        torch.cuda.reset_peak_memory_stats()
-        taken = timed({"step": step}, "cuda", repeats)["step"]
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        rows.append([name, f"{count:,}", f"{taken:.1f}", f"{peak:.1f}", f"{first:.1f}"])
-    return rows
+    return model, step
+
+
+def training_rows(config: SMDiTConfig, count: int, side: int, repeats: int, way: str) -> list[list[str]]:
+    halves, cpp_wrapper = TRAINING[way]
+    model, step = training_step(config, count, side, halves)
+    if cpp_wrapper is not None:
+        compile_blocks(model, cpp_wrapper=cpp_wrapper)
+    begin = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - begin
+    torch.cuda.reset_peak_memory_stats()
+    taken = timed({"step": step}, "cuda", repeats)["step"]
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return [[way, f"{count:,}", f"{taken:.1f}", f"{peak:.1f}", f"{first:.1f}"]]
 
 
 def environment(device: str) -> str:
@@ -346,9 +362,11 @@ def sampling_part(model: SMDiT, dtype: torch.dtype, counts: tuple[int, ...], sid
         yield f"Longest time that the device was idle between kernels of consecutive sampling steps: {gap:.1f} us."
 
 
-def training_part(config: SMDiTConfig, count: int, side: int, repeats: int) -> Iterator[str]:
+def training_part(config: SMDiTConfig, count: int, side: int, repeats: int, ways: Sequence[str]) -> Iterator[str]:
     head = ["training step, bf16", "voxels", "forward + backward + AdamW, ms", "peak memory, GiB", "first step, s"]
-    yield table(head, training_rows(config, count, side, repeats))
+    for way in ways:
+        yield table(head, training_rows(config, count, side, repeats, way))
+        torch.compiler.reset()
 
 
 def compiled_part(model: SMDiT, dtype: torch.dtype, counts: tuple[int, ...], side: int, repeats: int) -> Iterator[str]:
@@ -363,6 +381,7 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(SCENES), default="cpu")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to time; the last two need CUDA")
+    parser.add_argument("--ways", nargs="+", choices=tuple(TRAINING), default=tuple(TRAINING), help="of training")
     parser.add_argument("--out", type=Path, help="write the tables to this file as well")
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats
@@ -390,7 +409,7 @@ def main() -> None:
     parts = {
         "forward": lambda: forward_part(model, dtype, counts, side, device, repeats),
         "sampling": lambda: sampling_part(model, dtype, counts, side, device),
-        "training": lambda: training_part(model.config, counts[0], side, repeats),
+        "training": lambda: training_part(model.config, counts[0], side, repeats, arguments.ways),
         "compiled": lambda: compiled_part(model, dtype, counts, side, repeats),
     }
     for name, part in parts.items():

@@ -16,7 +16,8 @@ from diff2to3.data._datasets import frozen_subset, good_texture, index_dataset, 
 from diff2to3.data._mesh import load_mesh
 from diff2to3.data._render_stage import asset_path, listed_paths, write_objects
 from diff2to3.data._store import Store
-from diff2to3.eval._generation import _input
+from diff2to3.eval._protocol import freeze_protocol
+from diff2to3.eval._truth import draw_truth, read_truth
 from PIL import Image
 
 HEX = [hashlib.sha1(str(i).encode()).hexdigest() for i in range(3)]
@@ -229,5 +230,7 @@ def test_evaluation_finds_the_mesh_by_the_path_of_its_row(tmp_path, mesh_rendere
         result = CliRunner().invoke(cli, ["data", stage[0], str(root), str(out), *stage[1:], "--workers", "1"])
         assert result.exit_code == 0, result.output
     (row,) = Store(out).objects("val")
-    item = _input(mesh_renderer("cpu"), Store(out), root, row, 0)
-    assert (item["frame"][..., 3] > 127).mean() > 0.02
+    protocol = freeze_protocol(Store(out), "val", 1, 64)
+    draw_truth(Store(out), root, protocol, "cpu")
+    truth = read_truth(Store(out), protocol, protocol.objects[0], row)
+    assert float((truth.alpha > 0.5).float().mean()) > 0.02

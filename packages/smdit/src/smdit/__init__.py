@@ -13,6 +13,7 @@ from smdit._config import (
 from smdit._cross_dit import CrossDiT
 from smdit._flow import flow_matching_loss, sample_time, voxel_noise
 from smdit._flux_weights import from_bfl_block, from_diffusers_double_block, from_diffusers_single_block
+from smdit._masters import MasterWeights
 from smdit._model import SMDiT
 from smdit._samplers import (
     EulerSampler,
@@ -34,6 +35,7 @@ __all__ = [
     "EulerSampler",
     "HeunSampler",
     "JointTokens",
+    "MasterWeights",
     "MultistepSampler",
     "RotaryConfig",
     "SMDiT",

@@ -32,7 +32,8 @@ def compile_blocks(model: nn.Module, *, cpp_wrapper: bool = False) -> None:
     Args:
         model: whose blocks are compiled.
         cpp_wrapper: launch the kernels from C++ instead of Python (Inductor's option of that name): half the host's
-            time in a training step, against a first step of a minute or two instead of half a minute.
+            time in a training step, against a first step of a minute or two instead of half a minute. Under autocast
+            PyTorch 2.11 cannot build the backward this way; train with `MasterWeights`.
 
     The first forward with another number of tokens compiles once more; after that any number goes.
     """
