@@ -221,7 +221,7 @@ def test_a_column_of_a_later_index_is_kept(tmp_path):
     assert listed_paths(store) == {"b": "x/b.glb"}
 
 
-def test_evaluation_finds_the_mesh_by_the_path_of_its_row(tmp_path, mesh_renderer):
+def test_evaluation_finds_the_mesh_by_the_path_of_its_row(tmp_path):
     root, out = tmp_path / "assets", tmp_path / "set"
     textured(root / "models" / "first" / "raw.glb")
     (root / "index.csv").write_text("id,split,path\na,val,models/first/raw.glb\n")
