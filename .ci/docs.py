@@ -21,6 +21,7 @@ OWN = ("diff2to3", "flux-features", "gs-render", "smdit", "sparse-vae")
 COMMANDS = {
     "generate": "diff2to3._cli._generate:generate",
     "view": "diff2to3._cli._files:view",
+    "app": "diff2to3.app._cli:app",
     "convert": "diff2to3._cli._files:convert",
     "info": "diff2to3._cli._files:info",
     "import-trellis": "diff2to3._cli._trellis:import_trellis",

@@ -1,4 +1,4 @@
-"""Draw the example pictures: procedural objects (CC0-1.0), RGBA, 512 x 512.
+"""Draw the example pictures: procedural objects (CC0-1.0), RGBA, 512 x 512; `diff2to3 app` gets small copies of them.
 
 python examples/make_examples.py
 """
@@ -17,6 +17,7 @@ from diff2to3.data._views import orbit
 from PIL import Image
 
 SIZE = 512
+APP = Path(__file__).resolve().parents[1] / "packages" / "diff2to3" / "src" / "diff2to3" / "app" / "_examples"
 # name: (seed, number of the object in that seed, azimuth and elevation of the camera in degrees)
 OBJECTS = {
     "chair": (0, 0, -32, 22),
@@ -39,7 +40,14 @@ def main() -> None:
         views = orbit(np.array([azimuth]), np.array([elevation]), np.array([3.0]), np.array([30.0]), 3 * SIZE)
         frames, _ = renderer(mesh, views.world_to_camera, views.intrinsics, views.size)
         picture = np.rint(object_crop(frames[0], SIZE) * 255).astype(np.uint8)
-        Image.fromarray(picture).save(Path(__file__).with_name(f"{name}.png"), optimize=True)
+        image = Image.fromarray(picture)
+        image.save(Path(__file__).with_name(f"{name}.png"), optimize=True)
+        save_small(image, name)
+
+
+def save_small(image: Image.Image, name: str) -> None:
+    """The copy in the package: half the size, some 10 kB."""
+    image.resize((SIZE // 2, SIZE // 2), Image.Resampling.LANCZOS).save(APP / f"{name}.webp", quality=90)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gs_render import Gaussians
 from jaxtyping import Float, Int
 from PIL import Image
 from smdit import make_sampler, voxel_noise
@@ -154,29 +155,20 @@ class Pipeline:
         """
         timings: dict[str, float] = {}
         timed = functools.partial(_timed, timings, self.device)
+        settings: dict[str, Any] = {"seed": seed, "sample": sample, "steps": steps, "guidance": guidance}
         with timed("image"):
             pictures = [[self.cut_out(view) for view in _as_views(entry)] for entry in images]
         with timed("features"):
             condition = self.encode(pictures)
         with timed("structure"):
-            seeds = [_mix(seed, sample)] * len(pictures)
-            voxels = self.structure.sample(
-                condition, seeds=seeds, steps=steps, guidance=guidance, callback=_stage(callback, "structure")
-            )
-            if empty := [i for i, coords in enumerate(voxels) if not len(coords)]:
-                raise ImageInputError(f"no voxel was found occupied for picture {empty[0] + 1}; try another seed")
+            voxels = self.find_voxels(condition, **settings, callback=callback)
         with timed("latents"):
-            noise = self.initial_noise(voxels, seed, sample)
-            given = {"steps": steps, "guidance": guidance}
-            options = self.config.sampler.model_copy(update={k: v for k, v in given.items() if v is not None})
-            report = _stage(callback, "latents")
-            latents = make_sampler(options).sample(self.backbone, noise, condition, callback=report)
+            latents = self.fill_voxels(voxels, condition, **settings, callback=callback)
         with timed("gaussians"):
-            objects = self.latent_decoder(self.denormalise(latents))
-        settings = {"seed": seed, "sample": sample, "steps": steps, "guidance": guidance}
+            objects = self.decode(latents)
         return [
             Asset(
-                gaussians=gaussians.to(dtype=torch.float32),
+                gaussians=gaussians,
                 voxels=coords,
                 pictures=tuple(views),
                 renderer=self.renderer,
@@ -204,6 +196,66 @@ class Pipeline:
         own = getattr(extractor, "condition", None)
         tokens = extractor.tokens(extractor(batch)) if own is None else own(batch)
         return tokens.unflatten(0, (len(pictures), -1))
+
+    @torch.no_grad()
+    def find_voxels(
+        self,
+        condition: Float[Tensor, "b images rows columns channels"],
+        *,
+        seed: int = 0,
+        sample: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        callback: Callback | None = None,
+    ) -> list[Int[Tensor, "l 3"]]:
+        """Stage 1: the occupied voxels (x, y, z), int32, of B objects.
+
+        Args:
+            condition: from `encode`.
+            seed, sample, steps, guidance, callback: as in `__call__`; the stage is called "structure".
+
+        Raises:
+            ImageInputError: no voxel of some object is occupied.
+        """
+        voxels = self.structure.sample(
+            condition,
+            seeds=[_mix(seed, sample)] * len(condition),
+            steps=steps,
+            guidance=guidance,
+            callback=_stage(callback, "structure"),
+        )
+        if empty := [i for i, coords in enumerate(voxels) if not len(coords)]:
+            raise ImageInputError(f"no voxel was found occupied for picture {empty[0] + 1}; try another seed")
+        return voxels
+
+    @torch.no_grad()
+    def fill_voxels(
+        self,
+        voxels: Sequence[Int[Tensor, "l 3"]],
+        condition: Float[Tensor, "b images rows columns channels"],
+        *,
+        seed: int = 0,
+        sample: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        callback: Callback | None = None,
+    ) -> SparseTensor:
+        """Stage 2: a latent for each voxel, as the flow knows latents (see `denormalise`).
+
+        Args:
+            voxels: from `find_voxels`, or any others: one [L, 3] for each of the B objects.
+            condition: from `encode`.
+            seed, sample, steps, guidance, callback: as in `__call__`; the stage is called "latents".
+        """
+        noise = self.initial_noise(voxels, seed, sample)
+        given = {"steps": steps, "guidance": guidance}
+        options = self.config.sampler.model_copy(update={k: v for k, v in given.items() if v is not None})
+        return make_sampler(options).sample(self.backbone, noise, condition, callback=_stage(callback, "latents"))
+
+    @torch.no_grad()
+    def decode(self, latents: SparseTensor) -> list[Gaussians]:
+        """Latents from `fill_voxels` -> float32 Gaussians of each object."""
+        return [gaussians.to(dtype=torch.float32) for gaussians in self.latent_decoder(self.denormalise(latents))]
 
     def initial_noise(self, voxels: Sequence[Int[Tensor, "l 3"]], seed: int, sample: int = 0) -> SparseTensor:
         """float32 noise on the occupied voxels; it depends on (seed, sample, voxel) alone."""

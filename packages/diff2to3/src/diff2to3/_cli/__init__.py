@@ -18,6 +18,7 @@ from diff2to3._errors import InputError
 _COMMANDS = {
     "generate": ("diff2to3._cli._generate:generate", "Make 3D Gaussians from pictures."),
     "view": ("diff2to3._cli._files:view", "Show a splat file in the browser."),
+    "app": ("diff2to3.app._cli:app", "Run the pipeline as a page in the browser and as an API."),
     "convert": ("diff2to3._cli._files:convert", "Write a splat file in another format."),
     "info": ("diff2to3._cli._files:info", "Describe a splat file or a pipeline directory."),
     "import-trellis": ("diff2to3._cli._trellis:import_trellis", "Make a pipeline of TRELLIS's published models."),
@@ -27,7 +28,7 @@ _COMMANDS = {
     "train": ("diff2to3.train._cli:train", "Train the models."),
     "eval": ("diff2to3.eval._cli:evaluate", "Measure reconstruction and generation."),
 }
-_EXTRAS = {"data": "data", "train": "train", "eval": "eval"}
+_EXTRAS = {"app": "app", "data": "data", "train": "train", "eval": "eval"}
 
 
 class _LazyGroup(click.Group):
