@@ -8,7 +8,7 @@ import pytest
 
 PACKAGES = ["marope", "gs_render", "flux_features", "sparse_vae", "smdit", "diff2to3"]
 OPTIONAL = ("gsplat", "spconv", "spconv_triton", "xformers", "numba", "av", "moderngl", "trimesh", "accelerate")
-OPTIONAL += ("tensorboard", "rembg", "transformers")
+OPTIONAL += ("tensorboard", "rembg", "transformers", "gradio")
 
 
 def run(code):
@@ -79,6 +79,17 @@ def test_import_is_quick(code, limit):
         return min(times)
 
     assert best(code) - best("pass") < limit
+
+
+def test_help_of_the_app_imports_no_gradio():
+    code = (
+        "import sys; sys.argv = ['diff2to3', 'app', '--help']\n"
+        "from diff2to3._cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'gradio'} & set(sys.modules)"
+    )
+    run(code)
 
 
 def test_public_names_exist():

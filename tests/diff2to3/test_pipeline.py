@@ -55,6 +55,22 @@ def test_steps_and_guidance_matter(pipeline):
     assert not same(base, pipeline(BALL, guidance=1.0))
 
 
+def test_stages_one_by_one_are_the_whole(pipeline):
+    options = {"seed": 5, "sample": 1, "steps": 3, "guidance": 1.5}
+    condition = pipeline.encode([[BALL], [BOX]])
+    calls = []
+    voxels = pipeline.find_voxels(condition, **options, callback=lambda *call: calls.append(call))
+    latents = pipeline.fill_voxels(voxels, condition, **options, callback=lambda *call: calls.append(call))
+    objects = pipeline.decode(latents)
+    for asset, gaussians, coords in zip(pipeline.batch([BALL, BOX], **options), objects, voxels, strict=True):
+        assert torch.equal(asset.gaussians.means, gaussians.means)
+        assert torch.equal(asset.gaussians.sh, gaussians.sh)
+        assert torch.equal(asset.voxels, coords)
+    assert {stage for stage, *_ in calls} == {"structure", "latents"}
+    assert calls[-1] == ("latents", 3, 3)
+    assert not latents.features.requires_grad
+
+
 def test_batch_equals_single_calls(pipeline):
     together = pipeline.batch([BALL, BOX], seed=5)
     for asset, alone in zip(together, (pipeline(BALL, seed=5), pipeline(BOX, seed=5)), strict=True):

@@ -138,7 +138,7 @@ class Handlers:
         steps: Any = None,
         guidance: Any = None,
         formats: Any = (FIRST_FORMAT,),
-        request: gr.Request = None,  # type: ignore[assignment]  Gradio gives it and `progress`
+        request: gr.Request = None,  # type: ignore[assignment]
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> list[str]:
         """Make 3D Gaussians of a picture: the files of every sample in every format asked for, sample by sample."""

@@ -80,7 +80,7 @@ def _inputs(limits: Limits, sampler: SamplerConfig) -> _Inputs:
     gr.Examples(examples, picture, label="No picture at hand? Take one of these", elem_id="examples")
     generate = gr.Button("3. Generate", variant="primary", size="lg", elem_id="generate")
     stop = gr.Button("Stop", variant="stop", size="lg", visible=False, elem_id="stop")
-    with gr.Accordion("Settings", open=False):
+    with gr.Accordion("Settings", open=False, elem_id="settings"):
         with gr.Row():
             seed = gr.Number(0, label="Seed", info="The same seed makes the same object again.", elem_id="seed")
             dice = gr.Button("Another seed", size="sm", scale=0, min_width=120, elem_id="dice")

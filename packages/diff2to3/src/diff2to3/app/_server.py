@@ -41,7 +41,7 @@ def serving(pipeline: Pipeline, limits: Limits, host: str = "127.0.0.1", port: i
                 quiet=True,
                 share=False,
                 show_error=False,
-                max_file_size=f"{limits.upload_megabytes}mb",
+                max_file_size=limits.upload_megabytes * 1_000_000,
                 css_paths=STYLE,
                 theme=gr.themes.Default(primary_hue="indigo"),
                 footer_links=["api"],
