@@ -18,7 +18,7 @@ def server():
     pipeline = Pipeline.from_pretrained(device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_HEARTBEAT_INTERVAL", "0.5")  # how soon it sees that a user is gone
-        with serving(pipeline, Limits(upload_megabytes=1, pixels=1_000_000, samples=2)) as address:
+        with serving(pipeline, Limits(upload_megabytes=1, pixels=1_000_000, samples=2, queue=2)) as address:
             yield address, pipeline
 
 

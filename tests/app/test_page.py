@@ -2,9 +2,11 @@
 
 import io
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
+from diff2to3.app._work import THREADS
 from gs_render import load
 from PIL import Image
 
@@ -31,6 +33,14 @@ def choose(browser, path):
     field[0].send_keys(str(path))
 
 
+def generate(browser, steps):
+    find(browser, "#settings button").click()
+    find(browser, "#own input").click()
+    field = find(browser, "#steps input[type=number]")
+    browser.execute_script(f"arguments[0].value = {steps}; arguments[0].dispatchEvent(new Event('input'))", field)
+    find(browser, "#generate").click()
+
+
 def picture(element):
     return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("RGB"), np.float32) / 255
 
@@ -51,12 +61,7 @@ def test_from_a_picture_to_a_splat(server, server_folder, browser, tmp_path):
     choose(browser, EXAMPLES / "mushroom.png")
     cut = picture(find(browser, "#cut img"))
     assert cut.std() > 0.1
-    find(browser, "#settings button").click()
-    find(browser, "#own input").click()
-    steps = find(browser, "#steps input[type=number]")
-    browser.execute_script("arguments[0].value = 2; arguments[0].dispatchEvent(new Event('input'))", steps)
-    find(browser, "#generate").click()
-
+    generate(browser, steps=2)
     frame = find(browser, "#viewer iframe")
     assert frame.get_attribute("title") == "occupied voxels, to turn and zoom"
     wait(browser, lambda b: drawn(find(b, "#viewer iframe")) > 0.01)
@@ -76,6 +81,22 @@ def test_from_a_picture_to_a_splat(server, server_folder, browser, tmp_path):
     assert list(server_folder.rglob("mushroom.mp4"))
     browser.get("about:blank")
     wait(browser, lambda b: not list(server_folder.rglob("mushroom.mp4")))  # gone with the user
+
+
+def test_stop_ends_the_work(server, browser):
+    def working():
+        return [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+
+    browser.get(server[0])
+    find(browser, "#examples button").click()
+    find(browser, "#cut img")
+    generate(browser, steps=100)
+    wait(browser, lambda b: "/ 100" in b.find_element("id", "progress").text)
+    assert working()
+    find(browser, "#stop").click()
+    wait(browser, lambda b: not working())
+    find(browser, "#generate")
+    assert not browser.find_elements("css selector", "#viewer iframe")
 
 
 def test_wrong_pictures_get_a_message(server, browser, tmp_path):

@@ -66,6 +66,19 @@ def test_two_at_once_get_their_own(server, tmp_path):
         assert same_splat(path, server[1](EXAMPLES / f"{name}.png", seed=2, steps=1), tmp_path)
 
 
+def test_who_finds_the_queue_full_is_turned_away(server):
+    from gradio_client import handle_file
+    from gradio_client.utils import QueueError
+
+    client, picture = connect(server[0]), handle_file(str(EXAMPLES / "cake.png"))
+    jobs = [client.submit(image=picture, steps=1, api_name="/generate") for _ in range(5)]  # one works, two may wait
+    errors = [job.exception() for job in jobs]
+    assert errors.count(None) >= 2
+    full = [error for error in errors if error is not None]
+    assert full
+    assert all(isinstance(error, QueueError) for error in full)
+
+
 def test_what_cannot_be_done_is_said(client, tmp_path):
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError

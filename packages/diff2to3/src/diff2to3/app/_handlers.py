@@ -31,9 +31,9 @@ def _told(handler: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(error, InputError):
             # without the folders of this machine
             text = re.sub(rf"{re.escape(str(handlers.sessions.root))}/(\S*/)?", "", str(error))
-            return gr.Error(text, title="That does not work", print_exception=False)
+            return gr.Error(text, print_exception=False)
         _log.error("the app failed", exc_info=error)
-        return gr.Error("the server failed; its log says why", title="Fault", print_exception=False)
+        return gr.Error("the server failed; its log says why", print_exception=False)
 
     @functools.wraps(handler)
     def call(self: Handlers, *arguments: Any, **options: Any) -> Any:

@@ -118,5 +118,6 @@ def progress(event: Progress | None, samples: int, seconds: dict[str, float]) ->
             note, share = ("", 0.5) if event.total == 1 else (f"{event.done} / {event.total}", event.done / event.total)
         bar = f'<i><u style="width: {share:.0%}"></u></i>'
         items.append(f'<li class="{state}"><b>{_TITLES[name]}</b>{bar}<small>{note}</small></li>')
-    which = f"<p>Sample {event.sample + 1} of {samples}</p>" if event is not None and samples > 1 else ""
+    working = event is not None and at < len(names) - 1
+    which = f"<p>Sample {event.sample + 1} of {samples}</p>" if event and working and samples > 1 else ""
     return f'<div class="stages" role="status">{which}<ol>{"".join(items)}</ol></div>'

@@ -109,6 +109,10 @@ def _step(report: Report, sample: int, stage: str, done: int, total: int) -> Non
     report(Progress(sample, stage, done, total))
 
 
+#: Of the threads that work.
+THREADS = "diff2to3-app"
+
+
 class _Abandoned(Exception):
     """Nobody wants to hear more."""
 
@@ -123,7 +127,7 @@ def _events(work: Callable[[Report], None]) -> Iterator[Event]:
             raise _Abandoned
         events.put(event)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, THREADS) as pool:
         future = pool.submit(work, report)
         future.add_done_callback(lambda _: events.put(None))
         try:
