@@ -69,6 +69,9 @@ def test_stages_one_by_one_are_the_whole(pipeline):
     assert {stage for stage, *_ in calls} == {"structure", "latents"}
     assert calls[-1] == ("latents", 3, 3)
     assert not latents.features.requires_grad
+    for changed in ({"seed": 6}, {"sample": 2}, {"steps": 2}, {"guidance": 2.0}):
+        other = pipeline.fill_voxels(voxels, condition, **options | changed)
+        assert not torch.equal(other.features, latents.features), changed
 
 
 def test_batch_equals_single_calls(pipeline):
