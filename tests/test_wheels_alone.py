@@ -89,6 +89,10 @@ assert not [row for row in rows if row["role"] is None], rows
 assert run("--help").returncode == 0
 embedded = [p.name for p in pathlib.Path(SOURCE, "diff2to3", "_weights").glob("*") if (p / "pipeline.json").is_file()]
 assert sorted(embedded) == embedded_names(), "the wheel does not hold the pipelines of the source tree"
+refused = run("app")
+assert (refused.returncode, "pip install 'diff2to3[app]'" in refused.stderr) == (2, True), refused.stderr
+app = pathlib.Path(importlib.import_module("diff2to3.app").__file__).parent
+assert (app / "_style.css").is_file() and len(list((app / "_examples").glob("*.webp"))) == 6
 for name in embedded:
     diff2to3 = importlib.import_module("diff2to3")
     diff2to3.Pipeline.from_pretrained(name, device="cpu")

@@ -22,6 +22,7 @@ from diff2to3.app._work import Made, Progress, Voxels, generate
 _log = logging.getLogger("diff2to3.app")
 #: The file that can be downloaded as soon as a splat is there.
 FIRST_FORMAT = "ply"
+_SAME: Any = gr.skip()
 
 
 def _told(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,31 +88,33 @@ class Handlers:
         session = self._session(request)
         run = session.new_run(name, settings.samples)
         session.show(run)
-        show = functools.partial(_outputs, gallery=gr.skip(), video=gr.skip(), format=gr.skip(), download=gr.skip())
         seconds: dict[str, float] = {}
+
+        def stages(event: Progress | None) -> str:
+            return views.progress(event, run.samples, seconds)
+
         yield _outputs(
-            views.progress(None, run.samples, seconds),
-            views.placeholder("Looking at the picture ..."),
-            gr.update(value=[], visible=False),
-            None,
-            FIRST_FORMAT,
-            gr.update(label="Download", value=None, interactive=False),
+            progress=stages(None),
+            viewer=views.placeholder("Looking at the picture ..."),
+            gallery=gr.update(value=[], visible=False),
+            video=None,
+            format=FIRST_FORMAT,
+            download=gr.update(label="Download", value=None, interactive=False),
         )
         for event in generate(self.pipeline, picture, settings):
             match event:
                 case Progress():
-                    yield show(views.progress(event, run.samples, seconds))
+                    yield _outputs(progress=stages(event))
                 case Voxels(_, coords, grid_size):
-                    yield show(gr.skip(), views.voxel_viewer(coords, grid_size, run.folder))
+                    yield _outputs(viewer=views.voxel_viewer(coords, grid_size, run.folder))
                 case Made(sample, asset):
                     seconds = asset.timings
                     run.assets.append(asset)
                     run.shown = sample
-                    yield show(gr.skip(), self._view(run), gallery=self._gallery(run))
-        last = Progress(run.shown, views.TURNTABLE, 0, 1)
-        yield show(views.progress(last, run.samples, seconds), download=_link(run, FIRST_FORMAT))
+                    yield _outputs(viewer=self._view(run), gallery=self._gallery(run))
+        yield _outputs(progress=stages(Progress(run.shown, views.TURNTABLE, 0, 1)), download=_link(run, FIRST_FORMAT))
         video = str(run.file(run.shown, "mp4"))
-        yield show(views.progress(Progress(run.shown, views.DONE, 1, 1), run.samples, seconds), video=video)
+        yield _outputs(progress=stages(Progress(run.shown, views.DONE, 1, 1)), video=video)
 
     @_told
     def choose(self, request: gr.Request, event: gr.SelectData) -> Iterator[tuple[Any, ...]]:
@@ -119,7 +122,7 @@ class Handlers:
         run = self._run(request)
         run.shown = min(int(event.index), len(run.assets) - 1)
         yield self._view(run), None, FIRST_FORMAT, _link(run, FIRST_FORMAT)
-        yield gr.skip(), str(run.file(run.shown, "mp4")), gr.skip(), gr.skip()
+        yield _SAME, str(run.file(run.shown, "mp4")), _SAME, _SAME
 
     @_told
     def write(self, suffix: str, request: gr.Request) -> Iterator[Any]:
@@ -178,15 +181,21 @@ class Handlers:
 
     def _gallery(self, run: Run) -> Any:
         if run.samples == 1:
-            return gr.skip()
+            return _SAME
         pictures = [(views.thumbnail(asset), f"Sample {number + 1}") for number, asset in enumerate(run.assets)]
         return gr.update(value=pictures, visible=True, selected_index=None)
 
 
 def _outputs(
-    progress: Any, viewer: Any = None, gallery: Any = None, video: Any = None, format: Any = None, download: Any = None
+    progress: Any = _SAME,
+    viewer: Any = _SAME,
+    gallery: Any = _SAME,
+    video: Any = _SAME,
+    format: Any = _SAME,
+    download: Any = _SAME,
 ) -> tuple[Any, ...]:
-    return progress, gr.skip() if viewer is None else viewer, gallery, video, format, download
+    """Values of the right half of the page; what is not given stays as it is."""
+    return progress, viewer, gallery, video, format, download
 
 
 def _link(run: Run, suffix: str) -> Any:
