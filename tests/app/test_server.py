@@ -136,7 +136,8 @@ def test_command_starts_and_leaves_nothing(micro_pipeline, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "diff2to3", "app", "--no-browser", "--device", "cpu", "--pipeline", micro_pipeline]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    environment["TMPDIR"] = str(tmp_path)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": tmp_path}
     with subprocess.Popen([*command, "--port", str(port)], **options) as process:
         try:
@@ -157,3 +158,16 @@ def test_command_line_refuses_at_once():
     )
     assert result.returncode == 2
     assert result.stderr.startswith("diff2to3: error: no pipeline 'nothing'")
+
+
+def test_port_that_is_taken_is_said(server, micro_pipeline):
+    from click.testing import CliRunner
+    from diff2to3._errors import InputError
+    from diff2to3.app._cli import app
+
+    port = server[0].rstrip("/").rsplit(":", 1)[1]
+    options = ["--port", port, "--pipeline", str(micro_pipeline), "--device", "cpu", "--no-browser"]
+    result = CliRunner().invoke(app, options)
+    assert isinstance(result.exception, InputError)
+    assert str(result.exception).startswith(f"the app cannot listen at 127.0.0.1, port {port}: ")
+    assert urlopen(server[0]).status == 200  # the other one goes on

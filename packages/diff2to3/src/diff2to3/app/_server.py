@@ -8,12 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import gradio as gr
-
 from diff2to3._pipeline import Pipeline
-from diff2to3.app._handlers import Handlers
 from diff2to3.app._limits import Limits
-from diff2to3.app._page import STYLE, build
 
 
 @contextmanager
@@ -32,6 +28,11 @@ def serving(pipeline: Pipeline, limits: Limits, host: str = "127.0.0.1", port: i
         OSError: the port is taken, or the host is not an address of this machine.
     """
     with tempfile.TemporaryDirectory(prefix="diff2to3-app-") as root, _gradio_folder(root):
+        import gradio as gr  # it makes folders when it is imported
+
+        from diff2to3.app._handlers import Handlers
+        from diff2to3.app._page import STYLE, build
+
         page = build(Handlers(pipeline, limits, Path(root)))
         try:
             _, address, _ = page.launch(
