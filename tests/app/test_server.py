@@ -169,5 +169,5 @@ def test_port_that_is_taken_is_said(server, micro_pipeline):
     options = ["--port", port, "--pipeline", str(micro_pipeline), "--device", "cpu", "--no-browser"]
     result = CliRunner().invoke(app, options)
     assert isinstance(result.exception, InputError)
-    assert str(result.exception).startswith(f"the app cannot listen at 127.0.0.1, port {port}: ")
+    assert str(result.exception).startswith(f"the app cannot listen at 127.0.0.1, port {port}; expected an address")
     assert urlopen(server[0]).status == 200  # the other one goes on

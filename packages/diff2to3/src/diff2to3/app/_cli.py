@@ -9,8 +9,6 @@ from typing import Any
 
 import click
 
-from diff2to3._errors import InputError
-
 if importlib.util.find_spec("gradio") is None:  # importing it takes seconds, too long for --help
     raise ModuleNotFoundError("No module named 'gradio'", name="gradio")  # the command line says what to install
 
@@ -51,13 +49,9 @@ def app(host: str, port: int | None, no_browser: bool, **given: Any) -> None:
         queue=given["max_queue"],
         minutes=given["keep"],
     )
-    try:
-        with serving(pipeline, limits, host, port) as address:
-            click.echo(address)
-            click.echo("diff2to3: Ctrl-C ends the app", err=True)
-            if not no_browser and not webbrowser.open(address):
-                click.echo("diff2to3: no browser could be started; open the address above in one", err=True)
-            threading.Event().wait()
-    except OSError as error:
-        where = f"{host}, port {port or 'from 7860 on'}"
-        raise InputError(f"the app cannot listen at {where}: {' '.join(str(error).split())}") from error
+    with serving(pipeline, limits, host, port) as address:
+        click.echo(address)
+        click.echo("diff2to3: Ctrl-C ends the app", err=True)
+        if not no_browser and not webbrowser.open(address):
+            click.echo("diff2to3: no browser could be started; open the address above in one", err=True)
+        threading.Event().wait()

@@ -15,6 +15,7 @@ from diff2to3.app._limits import MAX_GUIDANCE, Limits
 
 EXAMPLES = Path(__file__).parent / "_examples"
 STYLE = Path(__file__).parent / "_style.css"
+THEME = gr.themes.Default(primary_hue="indigo")
 TITLE = "diff2to3"
 _HEAD = """
 # One picture in, a 3D splat out

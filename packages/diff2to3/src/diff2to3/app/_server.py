@@ -7,9 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from diff2to3._errors import InputError
 from diff2to3._pipeline import Pipeline
 from diff2to3.app._limits import Limits
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 
 @contextmanager
@@ -25,34 +30,45 @@ def serving(pipeline: Pipeline, limits: Limits, host: str = "127.0.0.1", port: i
         port: None takes a free one from 7860 on.
 
     Raises:
-        OSError: the port is taken, or the host is not an address of this machine.
+        InputError: the port is taken, or the host is not an address of this machine.
     """
     with tempfile.TemporaryDirectory(prefix="diff2to3-app-") as root, _gradio_folder(root):
-        import gradio as gr  # it makes folders when it is imported
-
+        # imported here, because Gradio makes folders when it is imported
         from diff2to3.app._handlers import Handlers
-        from diff2to3.app._page import STYLE, build
+        from diff2to3.app._page import build
 
         page = build(Handlers(pipeline, limits, Path(root)))
         try:
-            _, address, _ = page.launch(
-                server_name=host,
-                server_port=port,
-                prevent_thread_lock=True,
-                quiet=True,
-                share=False,
-                show_error=False,
-                max_file_size=limits.upload_megabytes * 1_000_000,
-                css_paths=STYLE,
-                theme=gr.themes.Default(primary_hue="indigo"),
-                footer_links=["api"],
-                run_history=False,
-                ssr_mode=False,
-                mcp_server=False,
-            )
-            yield address
+            yield _launch(page, limits, host, port)
         finally:
             page.close(verbose=False)
+
+
+def _launch(page: gr.Blocks, limits: Limits, host: str, port: int | None) -> str:
+    from diff2to3.app._page import STYLE, THEME
+
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            show_error=False,
+            max_file_size=limits.upload_megabytes * 1_000_000,
+            css_paths=STYLE,
+            theme=THEME,
+            footer_links=["api"],
+            run_history=False,
+            ssr_mode=False,
+            mcp_server=False,
+        )
+    except OSError as error:
+        raise InputError(
+            f"the app cannot listen at {host}, port {port or '7860 and on'}; "
+            "expected an address of this machine and a port that is free"
+        ) from error
+    return address
 
 
 @contextmanager
