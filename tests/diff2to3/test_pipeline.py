@@ -94,6 +94,28 @@ def test_several_pictures_of_one_object(pipeline):
         pipeline([])
 
 
+def test_low_vram_brings_one_model_at_a_time(pipeline, micro_pipeline, monkeypatch):
+    """The same result; every model goes to the device for its own stage and back, also when the stage fails."""
+    thrifty = Pipeline.from_pretrained(micro_pipeline, device="cpu", low_vram=True)
+    roles = {id(model): role for role, model in thrifty.components.items()}
+    thrifty.device, seen = torch.device("cpu", 0), []  # told apart from the models' home, and the same memory
+    move = torch.nn.Module.to
+
+    def watched(module, device):
+        seen.append((roles[id(module)], str(device)))
+        return move(module, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", watched)
+    assert same(thrifty(picture(), steps=2), pipeline(picture(), steps=2))
+    stages = ["feature_extractor", "structure", "backbone", "latent_decoder"]
+    assert seen == [(role, device) for role in stages for device in ("cpu:0", "cpu")]
+    seen.clear()
+    monkeypatch.setattr(thrifty.backbone, "forward", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        thrifty(picture(), steps=2)
+    assert seen[-1] == ("backbone", "cpu")
+
+
 def test_path_array_tensor_and_image_are_one(pipeline, tmp_path):
     BALL.save(tmp_path / "ball.png")
     array = np.array(BALL)

@@ -42,6 +42,8 @@ class Pipeline:
             and renderer.
         device: where the models run.
         dtype: what they compute in.
+        low_vram: keep the models in the CPU's memory and bring each to the device for its stage alone. The same results
+            with the memory of the largest model instead of all, at the price of the copies.
 
     Raises:
         ComponentError: a component lacks what its role asks for, or the components do not fit together.
@@ -54,14 +56,16 @@ class Pipeline:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
+        low_vram: bool = False,
     ) -> None:
         self.config = config
-        self.device, self.dtype = torch.device(device), parse_dtype(dtype)
+        self.device, self.dtype, self.low_vram = torch.device(device), parse_dtype(dtype), low_vram
         self.components = check_fit(components)
         self._weight_files: dict[str, Path] = {}
         for component in self.components.values():
             if isinstance(component, nn.Module):
-                component.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+                home = torch.device("cpu") if low_vram else self.device
+                component.to(device=home, dtype=self.dtype).eval().requires_grad_(False)
         self.matting: Matting = self.components["matting"]
         self.feature_extractor: FeatureExtractor = self.components["feature_extractor"]
         self.structure: Structure = self.components["structure"]
@@ -76,6 +80,7 @@ class Pipeline:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = torch.float32,
+        low_vram: bool = False,
         matting: Matting | str | None = None,
         feature_extractor: FeatureExtractor | str | None = None,
         structure: Structure | str | None = None,
@@ -89,6 +94,7 @@ class Pipeline:
             source: None for the embedded pipeline; a directory; the name of an embedded pipeline; or a Hub id.
             device: None is CUDA where there is one, else the CPU.
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+            low_vram: see `Pipeline`.
             matting, feature_extractor, structure, backbone, latent_decoder, renderer: the component to use instead of
                 the pipeline's own: ``"name"``, ``"distribution:name"``, or an object that plays the role.
 
@@ -107,7 +113,7 @@ class Pipeline:
         directory = locate(source)
         device, dtype = _usable_device(device), parse_dtype(dtype)
         assembly = assemble(directory, read_config(directory), overrides)
-        pipeline = cls(assembly.config, assembly.components, device=device, dtype=dtype)
+        pipeline = cls(assembly.config, assembly.components, device=device, dtype=dtype, low_vram=low_vram)
         pipeline._weight_files = assembly.weight_files
         return pipeline
 
@@ -194,7 +200,8 @@ class Pipeline:
         flat = [_condition(view, size, background) for views in pictures for view in views]
         batch = torch.stack(flat).to(device=self.device, dtype=self.dtype)
         own = getattr(extractor, "condition", None)
-        tokens = extractor.tokens(extractor(batch)) if own is None else own(batch)
+        with self._on_device(extractor):
+            tokens = extractor.tokens(extractor(batch)) if own is None else own(batch)
         return tokens.unflatten(0, (len(pictures), -1))
 
     @torch.no_grad()
@@ -217,13 +224,14 @@ class Pipeline:
         Raises:
             ImageInputError: no voxel of some object is occupied.
         """
-        voxels = self.structure.sample(
-            condition,
-            seeds=[_mix(seed, sample)] * len(condition),
-            steps=steps,
-            guidance=guidance,
-            callback=_stage(callback, "structure"),
-        )
+        with self._on_device(self.structure):
+            voxels = self.structure.sample(
+                condition,
+                seeds=[_mix(seed, sample)] * len(condition),
+                steps=steps,
+                guidance=guidance,
+                callback=_stage(callback, "structure"),
+            )
         if empty := [i for i, coords in enumerate(voxels) if not len(coords)]:
             raise ImageInputError(f"no voxel was found occupied for picture {empty[0] + 1}; try another seed")
         return voxels
@@ -250,12 +258,27 @@ class Pipeline:
         noise = self.initial_noise(voxels, seed, sample)
         given = {"steps": steps, "guidance": guidance}
         options = self.config.sampler.model_copy(update={k: v for k, v in given.items() if v is not None})
-        return make_sampler(options).sample(self.backbone, noise, condition, callback=_stage(callback, "latents"))
+        with self._on_device(self.backbone):
+            return make_sampler(options).sample(self.backbone, noise, condition, callback=_stage(callback, "latents"))
 
     @torch.no_grad()
     def decode(self, latents: SparseTensor) -> list[Gaussians]:
         """Latents from `fill_voxels` -> float32 Gaussians of each object."""
-        return [gaussians.to(dtype=torch.float32) for gaussians in self.latent_decoder(self.denormalise(latents))]
+        with self._on_device(self.latent_decoder):
+            objects = self.latent_decoder(self.denormalise(latents))
+        return [gaussians.to(dtype=torch.float32) for gaussians in objects]
+
+    @contextmanager
+    def _on_device(self, component: Any) -> Iterator[None]:
+        """The component on the pipeline's device; with `low_vram` it comes for this block and goes back after it."""
+        if not (self.low_vram and isinstance(component, nn.Module)):
+            yield
+            return
+        component.to(self.device)
+        try:
+            yield
+        finally:
+            component.to("cpu")
 
     def initial_noise(self, voxels: Sequence[Int[Tensor, "l 3"]], seed: int, sample: int = 0) -> SparseTensor:
         """float32 noise on the occupied voxels; it depends on (seed, sample, voxel) alone."""

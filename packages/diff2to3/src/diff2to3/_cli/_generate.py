@@ -38,6 +38,7 @@ class Job:
     guidance: float | None
     device: str | None
     dtype: str
+    low_vram: bool
 
 
 @click.command()
@@ -51,6 +52,7 @@ class Job:
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance of both stages.  [default: the pipeline's]")
 @click.option("--device", metavar="D", help="cpu, cuda, cuda:1 ...  [default: CUDA if there is one]")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16", "bfloat16"]))
+@click.option("--low-vram", is_flag=True, help="Keep on the device only the model that is at work.")
 @click.option("--multi-view", is_flag=True, help="All pictures show the same object.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a result on stdout.")
 @click.option("--matting", metavar="NAME", help="Component that removes the background.")
@@ -100,6 +102,7 @@ def _job(images: tuple[str, ...], given: dict[str, Any]) -> Job:
         guidance=given["guidance"],
         device=given["device"],
         dtype=given["dtype"],
+        low_vram=given["low_vram"],
     )
 
 
@@ -161,8 +164,8 @@ def _run(job: Job, manifest: Manifest | None) -> Iterator[dict[str, Any]]:
         with bars.step("loading"):
             from diff2to3._pipeline import Pipeline
 
-            options: dict[str, Any] = {"device": job.device, "dtype": job.dtype, **job.components}
-            pipeline = Pipeline.from_pretrained(job.pipeline, **options)
+            options: dict[str, Any] = {name: getattr(job, name) for name in ("device", "dtype", "low_vram")}
+            pipeline = Pipeline.from_pretrained(job.pipeline, **options | job.components)
         if manifest is not None:
             _check_same_weights(manifest, pipeline, job)
         loading = time.perf_counter() - start

@@ -19,6 +19,7 @@ if importlib.util.find_spec("gradio") is None:  # importing it takes seconds, to
 @click.option("--pipeline", metavar="NAME|DIR|HUB", help="Pipeline to use.  [default: the embedded one]")
 @click.option("--device", metavar="D", help="cpu, cuda, cuda:1 ...  [default: CUDA if there is one]")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16", "bfloat16"]))
+@click.option("--low-vram", is_flag=True, help="Keep on the device only the model that is at work.")
 @click.option("--matting", metavar="NAME", help="Component that removes the background.")
 @click.option("--max-upload", default=20, show_default=True, type=click.IntRange(1), help="Megabytes of a picture.")
 @click.option("--max-pixels", default=25.0, show_default=True, type=click.FloatRange(0.01, 64), help="In millions.")
@@ -39,9 +40,8 @@ def app(host: str, port: int | None, no_browser: bool, **given: Any) -> None:
     from diff2to3.app._limits import Limits
     from diff2to3.app._server import serving
 
-    pipeline = Pipeline.from_pretrained(
-        given["pipeline"], device=given["device"], dtype=given["dtype"], matting=given["matting"]
-    )
+    options = {name: given[name] for name in ("device", "dtype", "low_vram", "matting")}
+    pipeline = Pipeline.from_pretrained(given["pipeline"], **options)
     limits = Limits(
         upload_megabytes=given["max_upload"],
         pixels=int(given["max_pixels"] * 1e6),
