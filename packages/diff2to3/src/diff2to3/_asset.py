@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from diff2to3._atomic import replacing
 from diff2to3._errors import InputError
+from diff2to3._frame import splat_frame
 from diff2to3._plugins import EXPORTER, Renderer, build, registry
 
 #: Suffixes of turntable videos.
@@ -82,6 +84,12 @@ class Asset:
                 contact_sheet(self.gaussians, draw=self.renderer).save(temporary)
             return path
         return export(self.gaussians, path)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the splat itself, to turn and zoom, without anything from the network."""
+        with tempfile.TemporaryDirectory() as folder:
+            page = self.save(Path(folder) / "object.html")
+            return splat_frame(page, "the object, to turn and zoom", style="width: 100%; height: 480px; border: 0")
 
     def render(self, cameras: Camera, background: float | Tensor = 1.0) -> RenderOutput:
         """Draw it: V cameras -> color [V, H, W, 3], alpha and depth [V, H, W, 1]; background in [0, 1] or [3]."""

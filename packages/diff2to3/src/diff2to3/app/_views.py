@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diff2to3._asset import Asset
 from diff2to3._errors import ImageInputError
+from diff2to3._frame import splat_frame
 from diff2to3._image import object_crop
 from diff2to3._plugins import EXPORTER, registry
 from diff2to3.app._work import STAGES, Progress
@@ -81,11 +82,8 @@ def voxel_gaussians(coords: Int[Tensor, "l 3"], grid_size: int) -> Gaussians:
 
 
 def viewer(page: Path, label: str) -> str:
-    """The self-contained page of a splat as a frame. It runs apart from the page around it (sandbox)."""
-    return (
-        f'<iframe class="viewer" title="{html.escape(label)}" sandbox="allow-scripts" '
-        f'srcdoc="{html.escape(page.read_text(encoding="utf-8"))}"></iframe>'
-    )
+    """The self-contained page of a splat as a frame."""
+    return splat_frame(page, label, **{"class": "viewer"})
 
 
 def voxel_viewer(coords: Int[Tensor, "l 3"], grid_size: int, folder: Path) -> str:
