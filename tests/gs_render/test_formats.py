@@ -150,7 +150,7 @@ def test_up_axes(make_gaussians, tmp_path):
 
 
 def spz(count: int, payload: bytes, degree: int = 0, version: int = 3) -> bytes:
-    return gzip.compress(struct.pack("<IIIBBBB", 0x5053474E, version, count, degree, 12, 0, 0) + payload)
+    return gzip.compress(struct.pack("<IIIBBBB", 0x5053474E, version, count, degree, 12, 0, 0) + payload, mtime=0)
 
 
 @pytest.mark.parametrize(
