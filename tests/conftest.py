@@ -55,6 +55,26 @@ def interpret():
 
 
 @pytest.fixture(scope="session")
+def save_dinov2():
+    """Writes a network of DINOv2's shape with random weights, 4 x 4 patches of 14 px, as transformers saves it."""
+    import torch
+    import transformers
+
+    def save(folder, seed=1, **options):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
+        config = transformers.Dinov2WithRegistersConfig(**{"patch_size": 14, **sizes, **options})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = transformers.Dinov2WithRegistersModel(config)
+            for parameter in model.parameters():
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def mesh_renderer():
     """Opens a renderer of meshes by name, once; skips the test where it does not work."""
     from diff2to3._errors import ComponentError, ComponentNotFoundError

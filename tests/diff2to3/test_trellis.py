@@ -191,23 +191,10 @@ def write_checkpoint(folder, name, state, description=None):
     save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
 
 
-def write_dino(folder, width):
-    """A network of DINOv2's shape with random weights, 518 px as the real one, in transformers' layout."""
-    config = transformers.Dinov2WithRegistersConfig(
-        hidden_size=width, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = transformers.Dinov2WithRegistersModel(config)
-        for parameter in model.parameters():
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def dino(tmp_path_factory):
-    return write_dino(tmp_path_factory.mktemp("dino"), CONDITION)
+def dino(save_dinov2, tmp_path_factory):
+    """Random weights for pictures of 518 px, as the real network takes."""
+    return save_dinov2(tmp_path_factory.mktemp("dino"), hidden_size=CONDITION, image_size=518)
 
 
 @pytest.fixture(scope="module")
@@ -673,7 +660,7 @@ def test_interrupted_half_way(fault, source, dino, tmp_path, monkeypatch):
         assert str(raised.value) == f"{tmp_path / 'new' / 'made'} cannot be written: No space left on device"
 
 
-def test_what_makes_the_condition(copy, dino, tmp_path):
+def test_what_makes_the_condition(copy, save_dinov2, tmp_path):
     with pytest.raises(InputError, match="no such directory, and not a Hub id such as 'facebook/dinov2-with-registers"):
         convert(copy, tmp_path / "made", str(tmp_path / "none"))
     with pytest.raises(InputError, match="no DINOv2 weights there: expected config"):
@@ -681,7 +668,7 @@ def test_what_makes_the_condition(copy, dino, tmp_path):
     with pytest.raises(InputError, match="large has 1024 channels, but the flows take 32; choose by --dino"):
         convert(copy, tmp_path / "made")
     with pytest.raises(InputError, match="has 48 channels, but the flows take 32"):
-        convert(copy, tmp_path / "made", str(write_dino(tmp_path / "other", 48)))
+        convert(copy, tmp_path / "made", str(save_dinov2(tmp_path / "other", hidden_size=48, image_size=518)))
     made = convert(copy, tmp_path / "made", "owner/dino")
     assert made.missing.startswith("owner/dino is not on this machine: run 'hf download owner/dino', or name a")
     config = json.loads((tmp_path / "made" / "pipeline.json").read_text())

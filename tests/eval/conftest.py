@@ -2,17 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 
 GRID, SIZE = 16, 32
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    """All these tests want it."""
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from diff2to3.eval._networks import open_networks
 from gs_render.metrics import LPIPS, psnr, ssim
 
 WEIGHTS = Path(__file__).resolve().parents[3] / "shared" / "weights"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def features(count, width, seed, shift=0.0):

@@ -12,7 +12,6 @@ from diff2to3.eval._protocol import freeze_protocol
 from diff2to3.eval._truth import draw_truth
 from gs_render import Gaussians, save
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = [(name, suffix) for name, method in methods().items() for suffix in method.files]
 AXES = {"x": (1, 0, 0), "y": (0, 1, 0), "z": (0, 0, 1)}
 

@@ -16,8 +16,6 @@ from diff2to3.eval._truth import draw_truth, read_truth, shrink, write_inputs
 from gs_render import Camera
 from PIL import Image
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def protocol(eval_data):

@@ -15,22 +15,9 @@ IMAGENET = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0
 MEAN, STD = IMAGENET
 
 
-def save_transformers(path, seed=1, **options):
-    """A network of DINOv2's shape with random weights, 4 x 4 patches of 14 px, as transformers saves it."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-    config = transformers.Dinov2WithRegistersConfig(**sizes | options)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = transformers.Dinov2WithRegistersModel(config)
-        for parameter in model.parameters():
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    model.save_pretrained(path)
-    return path
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_transformers(tmp_path_factory.mktemp("dino"))
+def folder(save_dinov2, tmp_path_factory):
+    return save_dinov2(tmp_path_factory.mktemp("dino"))
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +83,8 @@ def test_tokens_are_those_of_a_network_that_timm_loads_itself(timm_folder):
 
 
 @torch.no_grad()
-def test_gated_layers_of_the_giant(tmp_path):
-    source = save_transformers(tmp_path, use_swiglu_ffn=True)
+def test_gated_layers_of_the_giant(save_dinov2, tmp_path):
+    source = save_dinov2(tmp_path, use_swiglu_ffn=True)
     images = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(5))
     one, two = (load_extractor(source, library=library) for library in ("transformers", "timm"))
     torch.testing.assert_close(one.sequence(images), two.sequence(images), atol=1e-4, rtol=1e-4)
@@ -235,10 +222,10 @@ def test_condition_with_and_without_extra_tokens(dino):
 
 
 @torch.no_grad()
-def test_default_is_the_network_of_trellis(tmp_path):
+def test_default_is_the_network_of_trellis(save_dinov2, tmp_path):
     config = DinoFeaturesConfig()
     assert (config.source, config.image_size) == ("facebook/dinov2-with-registers-large", 518)
-    save_transformers(tmp_path, image_size=518)
+    save_dinov2(tmp_path, image_size=518)
     images = torch.rand(1, 3, 518, 518, generator=torch.Generator().manual_seed(7))
     one, two = (load_extractor(tmp_path, library=library) for library in ("transformers", "timm"))
     assert one.sequence(images).shape == (1, 1374, 32)

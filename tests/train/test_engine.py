@@ -124,6 +124,8 @@ def test_config_file_with_overrides(tmp_path):
         ("data: [\n", (), "not a readable YAML"),
         ("data: d\nout: o\n", ("steps",), "expected key=value"),
         ("data: d\nout: o\n", ("steps=many",), "steps"),
+        ("data: d\nout: o\n", ("steps=[",), "the value is not YAML"),
+        ("data: d\nout: o\n", ("data.x=1",), "data is no mapping"),
     ],
 )
 def test_bad_configs_are_explained(tmp_path, text, overrides, message):

@@ -20,6 +20,7 @@ from flux_features._dino_weights import (
     read_weights,
 )
 from flux_features._hub import HUB_ID, Consent, cached_files, hub_files
+from flux_features._images import padded
 from flux_features._weights import read_json
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -146,11 +147,7 @@ class DinoFeatures(nn.Module):
         return _normalise(self._prenorm(images))
 
     def _prenorm(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
-            raise ValueError(f"expected float images [B, 3, H, W] in [0, 1], got {images.dtype} {tuple(images.shape)}")
-        bottom, right = -images.shape[-2] % self.stride, -images.shape[-1] % self.stride
-        if bottom or right:
-            images = F.pad(images, (0, right, 0, bottom), mode="replicate")
+        images = padded(images, self.stride)
         mean, std = (images.new_tensor(value).view(1, 3, 1, 1) for value in (_IMAGENET_MEAN, _IMAGENET_STD))
         dtype = next(self.backbone.parameters()).dtype
         images = ((images - mean) / std).to(dtype)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flux_features._config import FluxFeaturesConfig
 from flux_features._hub import Consent, hub_files
+from flux_features._images import padded
 from flux_features._tiling import encode_tiled
 from flux_features._tiny_autoencoder import TinyAutoencoder
 from flux_features._weights import (
@@ -77,14 +78,10 @@ class FluxFeatures(nn.Module):
                 whole picture, and the blocks at 1/8 (with ``"kl"`` and ``"kl2"`` the attention) run on all of it. Norms
                 cost one pass each, so FLUX's own networks take about five times as long.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
-            raise ValueError(f"expected float images [B, 3, H, W] in [0, 1], got {images.dtype} {tuple(images.shape)}")
         side = self.stride * self.patch
+        images = padded(images, side)
         if tile is not None and (tile < side or tile % side):
             raise ValueError(f"tile = {tile}: expected a multiple of {side} px, or None")
-        bottom, right = -images.shape[-2] % side, -images.shape[-1] % side
-        if bottom or right:
-            images = F.pad(images, (0, right, 0, bottom), mode="replicate")
         latent = self._latent(images.to(self._dtype), tile)
         latent = self.config.scale * (latent.float() - self.config.shift)
         mean, std = self._spread(self.channel_mean, latent), self._spread(self.channel_std, latent)

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from flux_features._images import padded
+
 
 class VGGFeaturesConfig(BaseModel):
     """Which VGG16, and for which pictures.
@@ -62,11 +64,7 @@ class VGGFeatures(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 512 h w"]:
         """Feature maps of images in [0, 1], not normalised."""
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
-            raise ValueError(f"expected float images [B, 3, H, W] in [0, 1], got {images.dtype} {tuple(images.shape)}")
-        bottom, right = -images.shape[-2] % self.stride, -images.shape[-1] % self.stride
-        if bottom or right:
-            images = F.pad(images, (0, right, 0, bottom), mode="replicate")
+        images = padded(images, self.stride)
         dtype = next(self.features.parameters()).dtype
         return self.features(((images * 2 - 1 - self.shift) / self.scale).to(dtype))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from diff2to3._errors import InputError
+from diff2to3._settings import load_settings
 from diff2to3.data._extractor import ExtractorChoice
 from diff2to3.data._feature_stage import FeatureSettings
 from diff2to3.data._store import settings_hash
@@ -112,32 +113,6 @@ def row_digest(config: AblationConfig, name: str) -> str:
     return settings_hash(config.rows[name].model_dump(mode="json")) if name in config.rows else ""
 
 
-def load_ablation(path: Path, overrides: tuple[str, ...] = ()) -> AblationConfig:
-    """Reads the YAML file and applies ``key=value`` overrides (dotted keys reach into mappings, values are YAML).
-
-    Raises:
-        InputError: not YAML, an unknown key, or a value of the wrong type.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: got {type(values).__name__}, expected a mapping of settings")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise InputError(f"--set {override}: expected key=value")
-        target, (*parents, last) = values, key.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise InputError(f"--set {override}: {parent} is no mapping")
-        target[last] = yaml.safe_load(text)
-    try:
-        return AblationConfig.model_validate(values)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InputError(f"{path}: {problems}") from error
+def load_ablation(path: Path, overrides: Sequence[str] = ()) -> AblationConfig:
+    """The configuration in a YAML file, see `load_settings`."""
+    return load_settings(path, overrides, AblationConfig)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from diff2to3._errors import InputError
+from diff2to3._settings import load_settings
 from diff2to3.data._objects import is_packed
 
 
@@ -91,31 +92,6 @@ class TrainConfig(BaseModel):
         return is_packed(self.data) if self.streaming is None else self.streaming
 
 
-def load_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
-    """Reads a YAML file and applies ``key=value`` overrides (dotted keys reach into mappings, values are YAML).
-
-    Raises:
-        InputError: not YAML, unknown key, or a value of the wrong type.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: got {type(values).__name__}, expected a mapping of settings")
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise InputError(f"--set {override}: expected key=value")
-        target = values
-        *parents, last = key.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[last] = yaml.safe_load(text)
-    try:
-        return TrainConfig(**values)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors())
-        raise InputError(f"{path}: {problems}") from error
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration in a YAML file, see `load_settings`."""
+    return load_settings(path, overrides, TrainConfig)
