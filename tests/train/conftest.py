@@ -1,5 +1,7 @@
 """A data set of three made-up objects, written without any renderer: small balls and boxes on a 16^3 grid."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -128,3 +130,19 @@ def micro_config(micro_data, tmp_path):
         return TrainConfig(**settings | changes)
 
     return make
+
+
+@pytest.fixture
+def trained_parts(micro_config):
+    """trained_parts(stage, **changes): its configuration, with the parts that it builds on trained for a step."""
+    from diff2to3.train._engine import train
+    from diff2to3.train.stages import build_stage
+
+    for name in ("autoencoder", "vae", "structure-vae"):
+        config = micro_config(name, steps=1)
+        train(build_stage(name, config), config)
+        if name == "vae":
+            path = config.out / "model" / "config.json"
+            statistics = {"latent_mean": [0.0] * 8, "latent_std": [1.0] * 8}
+            path.write_text(json.dumps(json.loads(path.read_text()) | statistics))
+    return micro_config

@@ -8,6 +8,7 @@ from diff2to3._errors import InputError
 from diff2to3.train import _engine
 from diff2to3.train._config import TrainConfig, load_config
 from diff2to3.train._engine import Schedule, train
+from diff2to3.train._learning import Learning
 from diff2to3.train._optimizer import make_optimizers
 from diff2to3.train.stages import STAGES, build_stage
 from safetensors.torch import load_file
@@ -67,16 +68,16 @@ def test_training_lowers_the_loss(micro_config):
 def test_muon_updates_the_matrices_inside_the_blocks_and_adamw_the_rest(micro_config, monkeypatch):
     config = micro_config("vae", optimizer="muon")
     model = build_stage("vae", config).model
-    muon, adamw = make_optimizers(model, config, fused=False)
+    muon, adamw = make_optimizers(Learning(model), config, fused=False)
     names = {id(p): name for name, p in model.named_parameters()}
     hidden, others = ([names[id(p)] for g in o.param_groups for p in g["params"]] for o in (muon, adamw))
     assert sorted(hidden + others) == sorted(names.values())
     linear = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     assert set(hidden) == {name for name in linear if ".blocks." in name} != linear
-    assert len(make_optimizers(model, micro_config("vae"), fused=False)) == 1
+    assert len(make_optimizers(Learning(model), micro_config("vae"), fused=False)) == 1
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(InputError, match=r"needs torch 2\.9 or newer"):
-        make_optimizers(model, config, fused=False)
+        make_optimizers(Learning(model), config, fused=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(micro_config):

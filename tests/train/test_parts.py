@@ -13,6 +13,7 @@ from diff2to3.train._batches import ConditionBatches
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._data import open_data
 from diff2to3.train._engine import train
+from diff2to3.train._learning import Learning
 from diff2to3.train._log import Meter, count_flops
 from diff2to3.train._packing import Packing, pack
 from diff2to3.train._parallel import blocks, recompute_blocks
@@ -69,7 +70,7 @@ def test_average_is_the_plain_recursion_and_is_only_lent():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    average, expected = Average(model, 0.6), None
+    average, expected = Average(Learning(model), 0.6), None
     for step in range(8):
         with torch.no_grad():
             model.weight.add_(torch.randn(2, 3))
@@ -120,19 +121,6 @@ def test_recomputed_blocks_give_the_same_gradients_and_keep_less(trained_parts, 
     assert kept[1] < kept[0]
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-
-
-@pytest.fixture
-def trained_parts(micro_config):
-    """trained_parts(stage, **changes): its configuration, with the parts that it builds on trained for a step."""
-    for name in ("autoencoder", "vae", "structure-vae"):
-        config = micro_config(name, steps=1)
-        run(name, config)
-        if name == "vae":
-            path = config.out / "model" / "config.json"
-            statistics = {"latent_mean": [0.0] * 8, "latent_std": [1.0] * 8}
-            path.write_text(json.dumps(json.loads(path.read_text()) | statistics))
-    return micro_config
 
 
 def test_every_stage_makes_sheets_and_tells_trackers_and_accumulates(trained_parts, tmp_path):

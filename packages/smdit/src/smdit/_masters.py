@@ -19,6 +19,7 @@ class MasterWeights:
         loss.backward()
         masters.take_gradients()
         optimizer.step()
+        optimizer.zero_grad()
         masters.give_weights()
 
     Args:
@@ -38,19 +39,20 @@ class MasterWeights:
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Give the masters the gradients of the model's weights, float32, and clear the latter."""
-        masters, gradients = [], []
+        """Add the gradients of the model's weights to the masters' ones, in float32, and clear the former."""
+        fresh: tuple[list[Tensor], list[Tensor]] = ([], [])
         for master, weight in zip(self.parameters, self._weights, strict=True):
             if weight.grad is None:
-                master.grad = None
                 continue
             if master.grad is None:
                 master.grad = torch.empty_like(master)
-            masters.append(master.grad)
-            gradients.append(weight.grad)
+                fresh[0].append(master.grad)
+                fresh[1].append(weight.grad)
+            else:
+                master.grad.add_(weight.grad)
             weight.grad = None
-        if masters:
-            torch._foreach_copy_(masters, gradients)
+        if fresh[0]:
+            torch._foreach_copy_(*fresh)
 
     @torch.no_grad()
     def give_weights(self) -> None:

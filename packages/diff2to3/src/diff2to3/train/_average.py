@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from diff2to3.train._learning import Learning
 from diff2to3.train._parallel import local
 
 
@@ -17,13 +18,13 @@ class Average:
     """Exponential average of the parameters that learn; of split ones, of this process's parts.
 
     Args:
-        model: whose parameters.
+        learning: whose parameters.
         decay: share that stays; warmed up as (1 + step) / (10 + step).
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.count = decay, 0
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, learning: Learning, decay: float) -> None:
+        self.decay, self.count, self.learning = decay, 0, learning
+        self.parameters = learning.parameters
         self.values = {name: local(p).detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
@@ -50,6 +51,7 @@ class Average:
             kept = own.clone()
             own.copy_(value)
             value.copy_(kept)
+        self.learning.give_weights()
 
 
 class Clip:

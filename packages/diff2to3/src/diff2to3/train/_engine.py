@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +14,12 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from diff2to3._atomic import writing
+from diff2to3._errors import InputError
 from diff2to3.train._ahead import Ahead, ReadAhead
 from diff2to3.train._average import Average, Clip
 from diff2to3.train._checkpoint import read_weights, save_model
 from diff2to3.train._config import TrainConfig
+from diff2to3.train._learning import Learning
 from diff2to3.train._log import Log, Meter, count_flops, peak_flops
 from diff2to3.train._optimizer import make_optimizers
 from diff2to3.train._parallel import (
@@ -79,6 +81,9 @@ class _Run:
 
     def __init__(self, stage: Stage, config: TrainConfig, resume: bool) -> None:
         self.stage, self.config = stage, config
+        half = config.precision == "bf16-weights"
+        if half and (not stage.has_half_weights or config.sharding != "none"):
+            raise InputError("precision: bf16-weights is for the flows, without sharding; take bf16")
         self.accelerator = make_accelerator(config)
         device = self.accelerator.device
         torch.set_float32_matmul_precision("high")
@@ -91,21 +96,21 @@ class _Run:
         if config.gradient_checkpointing:
             recompute_blocks(stage.model)
         if config.compile and device.type == "cuda":
-            for module in stage.static_modules():
-                module.compile()
+            stage.compile_parts(half)
         is_sharded = config.sharding == "fsdp2"
         if is_sharded:
             shard(stage, self.accelerator)
-        self.optimizers = make_optimizers(stage.model, config, fused=device.type == "cuda")
+        self.learning = Learning(stage.model, half)
+        self.optimizers = make_optimizers(self.learning, config, fused=device.type == "cuda")
         self.wrapped = stage if is_sharded else self.accelerator.prepare(stage)
         self.steppers = [self.accelerator.prepare(optimizer) for optimizer in self.optimizers]
-        self.average = Average(stage.model, config.ema_decay)
-        parameters = [p for p in stage.model.parameters() if p.requires_grad]
+        self.average = Average(self.learning, config.ema_decay)
+        parameters = list(self.learning.parameters.values())
         self.clip = Clip(parameters, config.gradient_clip, config.clip_percentile, config.clip_window, device)
         self.checkpoints = Checkpoints(config.out, config.keep_checkpoints, self.accelerator)
         self.step, self.item, spent = 0, 0, 0.0
         if resume:
-            meta = self.checkpoints.load(stage, self.average, self.optimizers, self.clip)
+            meta = self.checkpoints.load(self.learning, self.average, self.optimizers, self.clip)
             if meta is not None:
                 self.step, self.item, spent = meta["step"], meta["item"], meta["seconds"]
                 self.accelerator.print(f"resumed at step {self.step}")
@@ -140,7 +145,7 @@ class _Run:
             if config.checkpoint_every is not None and (self.step % config.checkpoint_every == 0 or done):
                 meta = {"step": self.step, "item": self.item, "seconds": self.clock.read()}
                 gather_back(self.stage)
-                self.checkpoints.save(self.stage, self.average, self.optimizers, self.clip, meta)
+                self.checkpoints.save(self.learning, self.average, self.optimizers, self.clip, meta)
             if on_step is not None:
                 on_step(self.step)
         self._finish()
@@ -161,18 +166,19 @@ class _Run:
             batch = self.ahead.take()
             # What draws from the global generator (dropout of somebody's model) repeats in a resumed run as well.
             torch.manual_seed(batch["seed"])
-            if turn < count - 1:
-                with unsynchronised(self.wrapped):
-                    loss, values = self._backward(batch)
-                self._prepare_next()
-            else:
+            is_last = turn == count - 1
+            # Masters take the gradients of every batch, in float32, so each has to be the mean over the processes.
+            with nullcontext() if is_last or self.learning.masters else unsynchronised(self.wrapped):
                 loss, values = self._backward(batch)
+            if not is_last:
+                self._prepare_next()
             losses.append(loss.detach())
             self.meter.count(batch)
         norm = self.clip()
         for stepper in self.steppers:
             stepper.step()
             stepper.zero_grad(set_to_none=True)
+        self.learning.give_weights()
         self._prepare_next()
         self.average.update()
         self.meter.steps += 1
@@ -183,6 +189,7 @@ class _Run:
         with self.accelerator.autocast():
             loss, values = self.wrapped(batch)
         self.accelerator.backward(loss / self.config.accumulate)
+        self.learning.take_gradients()
         return loss, values
 
     def _following(self, item: int) -> int:
@@ -231,7 +238,7 @@ class _Run:
         gather_root(stage)
         config, weights = stage.finish()
         gather_back(stage)
-        gathered = {name: whole(value) for name, value in weights.items()}
+        gathered = {name: whole(value) for name, value in self.learning.whole(weights).items()}
         if self.accelerator.is_main_process:
             with writing(self.config.out / "model"):
                 save_model(self.config.out / "model", config, gathered)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diff2to3._errors import InputError
 from diff2to3.train._config import TrainConfig
+from diff2to3.train._learning import Learning
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig, fused: bool) -> list[torch.optim.Optimizer]:
-    """What updates the parameters of ``model`` that learn; all share the learning rate and the weight decay.
+def make_optimizers(learning: Learning, config: TrainConfig, fused: bool) -> list[torch.optim.Optimizer]:
+    """What updates the parameters that learn; all share the learning rate and the weight decay.
 
     Muon is scaled to the size of AdamW's updates (Moonlight, section 2.2), so one learning rate serves both.
 
@@ -20,10 +21,9 @@ def make_optimizers(model: nn.Module, config: TrainConfig, fused: bool) -> list[
     Raises:
         InputError: this torch has no Muon.
     """
-    learning = [p for p in model.parameters() if p.requires_grad]
-    matrices = {id(p) for p in hidden_matrices(model)} if config.optimizer == "muon" else set()
-    hidden = [p for p in learning if id(p) in matrices]
-    others = [p for p in learning if id(p) not in matrices]
+    matrices = hidden_matrices(learning.model) if config.optimizer == "muon" else set()
+    hidden = [p for name, p in learning.parameters.items() if name in matrices]
+    others = [p for name, p in learning.parameters.items() if name not in matrices]
     rate, decay = config.learning_rate, config.weight_decay
     optimizers: list[torch.optim.Optimizer] = []
     if hidden:
@@ -35,13 +35,12 @@ def make_optimizers(model: nn.Module, config: TrainConfig, fused: bool) -> list[
     return optimizers
 
 
-def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """Weights of the linear layers inside repeated blocks; the first and last layers of a model are not among them."""
-    linears = {
-        id(layer): layer
-        for blocks in model.modules()
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the linear layers' weights inside repeated blocks, which first and last layers of a model are not."""
+    return {
+        f"{outer}.{inner}.weight" if outer else f"{inner}.weight"
+        for outer, blocks in model.named_modules()
         if isinstance(blocks, nn.ModuleList)
-        for layer in blocks.modules()
+        for inner, layer in blocks.named_modules()
         if isinstance(layer, nn.Linear)
     }
-    return [layer.weight for layer in linears.values() if layer.weight.requires_grad]

@@ -31,7 +31,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         if find_spec(tracker) is None:
             raise InputError(f"trackers: {tracker} is not installed: pip install {tracker}")
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        mixed_precision="no" if config.precision == "fp32" else "bf16",
         cpu=config.device == "cpu",
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(str(config.out), logging_dir=str(config.out / "tensorboard")),

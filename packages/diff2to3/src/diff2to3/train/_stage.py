@@ -30,6 +30,8 @@ class Stage(nn.Module):
 
     model: nn.Module
     model_config: BaseModel
+    has_half_weights = False
+    """Whether the model is called as a whole and takes float32 when its weights are bfloat16."""
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
         """The data of a split; raises LookupError if that is empty."""
@@ -38,9 +40,8 @@ class Stage(nn.Module):
     def prepare(self, batch: Batch) -> None:
         """Derives from a batch what its forward needs and what would make the host wait for the device there."""
 
-    def static_modules(self) -> list[nn.Module]:
-        """Modules whose input shapes are the same in every step, so that compiling them pays."""
-        return []
+    def compile_parts(self, half: bool) -> None:
+        """Lets PyTorch compile what that pays for; `half`: the model's weights are bfloat16, without autocast."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and figures to log, of a batch already on the device."""

@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diff2to3._errors import InputError
 from diff2to3.train._average import Average, Clip
+from diff2to3.train._learning import Learning
 from diff2to3.train._parallel import local, split_like, whole
-from diff2to3.train._stage import Stage
 
 Optimizers = Sequence[torch.optim.Optimizer]
 FORMAT = 2
@@ -52,15 +52,15 @@ class Checkpoints:
         self.old = out / "checkpoint"
 
     def save(
-        self, stage: Stage, average: Average, optimizers: Optimizers, clip: Clip, meta: dict[str, Any]
+        self, learning: Learning, average: Average, optimizers: Optimizers, clip: Clip, meta: dict[str, Any]
     ) -> Path | None:
         """Writes the state after ``meta["step"]``, then removes what is older than the last ``keep``.
 
         What the disk refuses is said on stderr and leaves the checkpoints before as they are.
         """
-        tensors, scalars = _optimizer_state(stage.model, optimizers)
+        tensors, scalars = _optimizer_state(learning, optimizers)
         files: dict[str, Mapping[str, Tensor]] = {
-            "model": _model_state(stage.model),
+            "model": learning.state(),
             "average": {name: _like(value, average.parameters[name]) for name, value in average.values.items()},
             "optimizer": tensors,
             "clip": {"lengths": clip.lengths},
@@ -85,7 +85,7 @@ class Checkpoints:
             )
             return None
 
-    def load(self, stage: Stage, average: Average, optimizers: Optimizers, clip: Clip) -> dict[str, Any] | None:
+    def load(self, learning: Learning, average: Average, optimizers: Optimizers, clip: Clip) -> dict[str, Any] | None:
         """Restores the last checkpoint that is whole and returns its ``meta``; None where there is none at all.
 
         Raises:
@@ -101,10 +101,11 @@ class Checkpoints:
             return None
         folder = self.folder / f"{step:08d}"
         meta = json.loads((folder / _META).read_text())
-        _fill(folder / "model.safetensors", _model_state(stage.model))
+        _fill(folder / "model.safetensors", learning.state())
+        learning.give_weights()
         _fill(folder / "average.safetensors", average.values, average.parameters)
         average.count = meta["average"]
-        _load_optimizers(folder / "optimizer.safetensors", meta["scalars"], stage.model, optimizers)
+        _load_optimizers(folder / "optimizer.safetensors", meta["scalars"], learning, optimizers)
         with safe_open(folder / "clip.safetensors", framework="pt") as file:
             lengths = file.get_tensor("lengths")
         if lengths.shape == clip.lengths.shape:  # another window starts anew
@@ -183,14 +184,9 @@ def verify(folder: Path) -> None:
         raise DamagedCheckpointError(f"{folder} is not a whole checkpoint ({error})") from error
 
 
-def _model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers as they are, not copies."""
-    return model.state_dict(keep_vars=True)
-
-
-def _optimizer_state(model: nn.Module, optimizers: Optimizers) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _optimizer_state(learning: Learning, optimizers: Optimizers) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What the optimizers keep for every parameter, as ``name:entry``: tensors, and plain numbers."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in learning.parameters.items()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, float] = {}
     for optimizer in optimizers:
@@ -204,8 +200,8 @@ def _optimizer_state(model: nn.Module, optimizers: Optimizers) -> tuple[dict[str
     return tensors, scalars
 
 
-def _load_optimizers(path: Path, scalars: Mapping[str, float], model: nn.Module, optimizers: Optimizers) -> None:
-    names = {id(p): name for name, p in model.named_parameters()}
+def _load_optimizers(path: Path, scalars: Mapping[str, float], learning: Learning, optimizers: Optimizers) -> None:
+    names = {id(p): name for name, p in learning.parameters.items()}
     with safe_open(path, framework="pt") as file:
         keys: dict[str, list[str]] = {}
         for key in [*file.keys(), *scalars]:

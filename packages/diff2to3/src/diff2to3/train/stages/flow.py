@@ -18,6 +18,7 @@ from smdit import (
     StructureDiT,
     StructureDiTConfig,
     StructureFlowConfig,
+    compile_blocks,
     flow_matching_loss,
 )
 from sparse_vae import SparseTensor, SparseVAE, SparseVAEConfig, StructureVAE, StructureVAEConfig, Topology
@@ -47,6 +48,7 @@ class _FlowStage(PictureStage):
 
     model: nn.Module
     extractor: FeatureExtractor
+    has_half_weights = True
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
@@ -68,10 +70,12 @@ class _FlowStage(PictureStage):
                 f"set model.condition_channels to {self.token_shape[-1]}"
             )
 
-    def static_modules(self) -> list[nn.Module]:
+    def compile_parts(self, half: bool) -> None:
         extractor = self.extractor
-        is_tiny = isinstance(extractor, FluxFeatures) and extractor.config.architecture == "tiny"
-        return [extractor.autoencoder.encoder] if is_tiny else []  # type: ignore[attr-defined]
+        if isinstance(extractor, FluxFeatures) and extractor.config.architecture == "tiny":
+            extractor.autoencoder.encoder.compile()  # type: ignore[attr-defined]
+        if half:
+            compile_blocks(self.model, cpp_wrapper=True)
 
     def condition(self, batch: Batch) -> Float[Tensor, "B V rows columns C"]:
         """Image tokens of the condition crops, their hue turned, slightly moved in the frame."""
@@ -231,8 +235,11 @@ class StructureFlowStage(_FlowStage):
         topology = self._grid(len(latents), latents.shape[-1], latents.device)
         return SparseTensor(latents.flatten(2).transpose(1, 2).reshape(-1, latents.shape[1]), topology)
 
-    def static_modules(self) -> list[nn.Module]:
-        return [*super().static_modules(), *blocks(self.model)]
+    def compile_parts(self, half: bool) -> None:
+        super().compile_parts(half)
+        if not half:  # shapes are the same in every step, so it pays under autocast too
+            for block in blocks(self.model):
+                block.compile()
 
     def _grid(self, batch_size: int, size: int, device: torch.device) -> Topology:
         """One topology for all steps, so that packing and rotary tables are made once."""
