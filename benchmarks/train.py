@@ -51,7 +51,8 @@ from sparse_vae import SparseVAE, SparseVAEConfig, StructureVAE, StructureVAECon
 TRELLIS_STEP = 0.180
 """Seconds of TRELLIS's SLAT flow L, forward and backward, one object of 20,000 voxels, fp16, on an H200."""
 LIMIT = 80e9
-FLOW_BATCH = {"small": 8, "paper": 4}
+BATCH = {"small": {"vae": 8, "structure-flow": 64, "flow": 8}, "paper": {"vae": 4, "structure-flow": 8, "flow": 4}}
+"""Objects of a step."""
 PARTS = ("vae", "structure-flow", "flow", "continued", "budget", "processes", "switch")
 TESTS = Path(__file__).parents[1] / "tests" / "train"
 
@@ -217,7 +218,7 @@ def measure(name: str, config: TrainConfig, steps: int, device: str) -> dict[str
 
 def speed_rows(name: str, preset: str, size: Size, root: Path, steps: int, device: str, options: dict) -> list:
     data, parts = root / "data", {p.name: p for p in (root / "parts").iterdir()}
-    batch = FLOW_BATCH.get(preset, 2) * (8 if name == "structure-flow" else 1)
+    batch = BATCH[preset][name] if preset in BATCH else 2
     choices: dict[str, dict[str, Any]] = {f"batch {batch}": {"batch_size": batch}}
     if name == "flow":
         choices = {"batch 1": {"batch_size": 1}} | choices
