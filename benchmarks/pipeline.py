@@ -130,7 +130,7 @@ def main() -> None:
     dtype = "bfloat16" if device == "cuda" else "float32"
     config = paper_config(arguments.tiny)
     grid = config.roles["backbone"].config["grid_size"]
-    voxels = shells(min(arguments.voxels, grid**3 // 16), grid, thickness=2.2, innermost=2).int()
+    voxels = shells(min(arguments.voxels, grid**3 // 13), grid, thickness=2.2, innermost=2).int()
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = Report(arguments.out)

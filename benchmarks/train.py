@@ -236,6 +236,9 @@ def speed_rows(name: str, preset: str, size: Size, root: Path, steps: int, devic
         except torch.OutOfMemoryError:
             rows.append([preset, name, label, "does not fit", "", "", "", "", ""])
             continue
+        except Exception as error:  # of compilers, say: the other rows are still worth having
+            rows.append([preset, name, label, " ".join(f"failed: {error}".split())[:200], "", "", "", "", ""])
+            continue
         versus = f"{figures['objects/s'] * TRELLIS_STEP:.2f}" if name == "flow" and preset == "paper" else ""
         rows.append(
             [

@@ -38,7 +38,7 @@ class TrainConfig(BaseModel):
         compile: torch.compile on CUDA for what sees the same shapes in every step; takes half a minute at the start.
         precision: "bf16" computes products in bfloat16 by autocast. "bf16-weights" (flows): the model's own weights are
             bfloat16 and the optimizer steps float32 masters of them, which spares the casts of every product; with
-            ``compile`` its blocks are compiled besides, which takes a minute or two at the start.
+            ``compile`` its blocks are compiled besides.
         optimizer: "muon" updates the matrices inside the blocks by Muon and the rest by AdamW.
         gradient_clip: the longest gradient.
         clip_percentile: adaptive clipping: the longest gradient is besides this percentile of the last ``clip_window``

@@ -75,7 +75,7 @@ class _FlowStage(PictureStage):
         if isinstance(extractor, FluxFeatures) and extractor.config.architecture == "tiny":
             extractor.autoencoder.encoder.compile()  # type: ignore[attr-defined]
         if half:
-            compile_blocks(self.model, cpp_wrapper=True)
+            compile_blocks(self.model)
 
     def condition(self, batch: Batch) -> Float[Tensor, "B V rows columns C"]:
         """Image tokens of the condition crops, their hue turned, slightly moved in the frame."""
