@@ -127,7 +127,7 @@ def test_every_stage_makes_sheets_and_tells_trackers_and_accumulates(trained_par
     for name in STAGES:
         config = trained_parts(
             name, steps=2, accumulate=2, sample_every=2, trackers=("tensorboard",), max_voxels=4000,
-            options={"condition_views": 2}, gradient_checkpointing=True, out=tmp_path / "runs" / name,
+            options={"condition_views": 2, "photo": {}}, gradient_checkpointing=True, out=tmp_path / "runs" / name,
         )  # fmt: skip
         if name == "autoencoder":
             config = config.model_copy(update={"max_voxels": None})

@@ -16,6 +16,7 @@ from diff2to3._errors import InputError
 from diff2to3._pipeline_config import ComponentConfig
 from diff2to3.train._checkpoint import read_weights
 from diff2to3.train._config import TrainConfig
+from diff2to3.train._photo import PhotoAugmentation
 from diff2to3.train._stage import Batch, Stage
 
 C = TypeVar("C", bound=BaseModel)
@@ -30,7 +31,7 @@ class Options(BaseModel):
 
     Without `volume_weight` it is TRELLIS's for the size of the model (`VAELossConfig.for_model`). `extractor` is the
     component that makes the flows' condition, with its config; without it, `parts.features` says which one.
-    `condition_views`: a batch of the flows has one to so many pictures an object.
+    `condition_views`: a batch of the flows has one to so many pictures an object. `photo` makes them look photographed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +52,7 @@ class Options(BaseModel):
     extractor: ComponentConfig | None = None
     condition_views: int = Field(default=1, ge=1)
     jitter: float = 0.04
+    photo: PhotoAugmentation | None = None
     crop: int | None = None
     color_weight: float = 0.0
     l1_weight: float = 1.0

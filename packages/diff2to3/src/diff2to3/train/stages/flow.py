@@ -34,6 +34,7 @@ from diff2to3.train._checkpoint import read_config
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._data import HeldData, open_data
 from diff2to3.train._parallel import blocks
+from diff2to3.train._photo import photograph
 from diff2to3.train._stage import Batch, Batches
 from diff2to3.train.stages._base import PictureStage, build_config, frozen, generator_of, on_white, part
 from diff2to3.train.stages.structure_vae import dense_occupancy, from_the_front
@@ -78,7 +79,7 @@ class _FlowStage(PictureStage):
             compile_blocks(self.model)
 
     def condition(self, batch: Batch) -> Float[Tensor, "B V rows columns C"]:
-        """Image tokens of the condition crops, their hue turned, slightly moved in the frame."""
+        """Image tokens of the condition crops, their hue turned, slightly moved in the frame, as if photographed."""
         shape = batch["condition"].shape[:2]
         rgba = batch["condition"].flatten(0, 1).float() / 255
         hue = batch["hue"].repeat_interleave(shape[1])
@@ -86,6 +87,8 @@ class _FlowStage(PictureStage):
         stack = torch.cat([premultiplied, rgba[:, 3:]], 1)
         if self.training and self.options.jitter:
             stack = _jitter(stack, self.options.jitter, generator_of(batch))
+        if self.training and self.options.photo is not None:
+            stack = photograph(stack, self.options.photo, generator_of(batch, 2))
         size = self.extractor.image_size
         if stack.shape[-1] != size:
             stack = F.interpolate(stack, (size, size), mode="bilinear", antialias=True)
