@@ -10,6 +10,7 @@
 #   MINUTES      wall-clock minutes of the whole run (default 26): the flows train until then
 #   LPIPS        AlexNet LPIPS weights (safetensors) for the pictures' losses; without it L1 and SSIM only
 #   INIT         model folders of an earlier run (`diff2to3 train unpack`): stages that train start from those
+#   COPIES       stretched copies of every training object, for stage 1 (default 2)
 #   WORKERS      processes that render and voxelize (default: all cores)
 set -euo pipefail
 assets=$1 out=$2
@@ -18,7 +19,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 minutes=${MINUTES:-26} workers=${WORKERS:-$(nproc)} start=$(date +%s)
 gpus=$(python3 -c "import torch; print(max(1, torch.cuda.device_count()))")
 first=0 second=$((gpus > 1 ? 1 : 0))
-data=$out/data
+data=$out/data shapes=$out/shapes
 mkdir -p "$out"
 
 run() { python3 -m diff2to3 "$@"; }
@@ -29,8 +30,10 @@ stage() {  # stage GPU NAME MINUTES [more settings]
     shift 3
     [ -f "$folder/model/config.json" ] && return
     [ -n "${INIT:-}" ] && [ -d "$INIT/${name//-/_}/model" ] && set -- --set init="$INIT/${name//-/_}/model" "$@"
+    local set=$data
+    [[ $name == structure* ]] && set=$shapes
     CUDA_VISIBLE_DEVICES=$gpu run train "$name" "$here/$name.yaml" --resume \
-        --set data="$data" --set out="$folder" --set max_minutes="$time" "$@" "${settings[@]}" >>"$out/$name.log" 2>&1
+        --set data="$set" --set out="$folder" --set max_minutes="$time" "$@" "${settings[@]}" >>"$out/$name.log" 2>&1
     say "$name: $(tail -n 1 "$out/$name.log")"
 }
 shards() {  # shards COUNT COMMAND...: a data stage in COUNT processes over all GPUs
@@ -48,6 +51,8 @@ features=(--set parts.features="$out/autoencoder/model")
 perceptual=()
 [ -n "${LPIPS:-}" ] && perceptual=(--set options.lpips="$LPIPS" --set options.lpips_backbone=alex)
 
+run data vary "$assets" "$out/assets" --copies "${COPIES:-2}"  # stage 1 knows the few shapes by heart otherwise
+run data voxelize "$out/assets" "$shapes" --workers "$workers" --rule sampled
 run data voxelize "$assets" "$data" --workers "$workers" --rule sampled  # as the embedded models were trained
 say voxels
 stage "$second" structure-vae 1.5 & structure_vae=$!
@@ -58,6 +63,7 @@ if [ ! -f "$out/autoencoder/model/config.json" ]; then
 fi
 stage "$first" autoencoder 2.6 "${perceptual[@]}" & autoencoder=$!
 run data render "$assets" "$data" --workers "$workers" --split train --extra-views 2
+run data render "$out/assets" "$shapes" --workers "$workers" --views 1 --extra-views 0 --condition-views 8
 say views
 wait $autoencoder $structure_vae
 stage "$second" structure-flow "$(left 0.7)" "${features[@]}" --set parts.structure_vae="$out/structure_vae/model" & structure_flow=$!

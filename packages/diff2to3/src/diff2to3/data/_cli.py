@@ -34,7 +34,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @click.group()
 def data() -> None:
-    """Prepare a data set: index, render, voxelize, features, latents, pack (each resumable), or synthesize assets."""
+    """Prepare a data set: index, render, voxelize, features, latents, pack (each resumable); make or vary assets."""
 
 
 def _report(stage: str, count: int, failures: dict[str, str]) -> None:
@@ -318,6 +318,25 @@ def synthesize(out: Path, count: int, seed: int) -> None:
 
     run(out, count, seed)
     click.echo(f"synthesize: {count} objects in {out}")
+
+
+@data.command()
+@click.argument("source", type=_ASSETS)
+@click.argument("out", type=_FOLDER)
+@click.option("--copies", type=_POSITIVE, default=2, show_default=True, help="Stretched copies of each object.")
+@click.option("--stretch", type=click.FloatRange(0, 4), default=0.3, show_default=True, help="Most that an axis grows.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--split", default="train", show_default=True, help="Whose objects are copied.")
+def vary(source: Path, out: Path, copies: int, stretch: float, seed: int, split: str) -> None:
+    """Write the assets of SOURCE and stretched copies of the .glb files under OUT, to learn from more shapes."""
+    from diff2to3.data._vary import vary as run
+
+    rows = _rows(source, None, (), None)
+    if split not in {row["split"] for row in rows}:
+        raise InputError(f"--split {split}: no object of {source} is in it")
+    kept, failures = run(source, out, rows, copies=copies, stretch=stretch, seed=seed, split=split)
+    _report("vary", len(rows), failures)
+    click.echo(f"vary: {len(kept)} assets in {out}")
 
 
 @data.command()

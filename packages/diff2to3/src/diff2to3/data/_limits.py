@@ -107,7 +107,7 @@ def read_asset(path: Path) -> tuple[bytes, AssetFiles]:
     data = files.take(path)
     suffix = path.suffix.lower()
     if suffix == ".glb":
-        tree, binary = _glb_chunks(data)
+        tree, binary = glb_chunks(data)
         _check_gltf(tree, binary, files)
     elif suffix == ".gltf":
         _check_text(data, rows=False)
@@ -161,7 +161,7 @@ def _check_text(data: bytes, rows: bool = True) -> None:
         )
 
 
-def _glb_chunks(data: bytes) -> tuple[dict[str, Any], bytes]:
+def glb_chunks(data: bytes) -> tuple[dict[str, Any], bytes]:
     """The tree and the binary chunk of a glTF 2.0 binary file."""
     if len(data) < 20 or data[:4] != b"glTF":
         raise RefusedAsset("not a glTF binary file (no glTF header)")
