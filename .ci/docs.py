@@ -1,7 +1,8 @@
-"""Write the generated pages docs/plugins.md and docs/cli.md, or check that they are up to date.
+"""Write the generated pages docs/plugins.md and docs/cli.md, check that they are up to date, or check a built site.
 
 python .ci/docs.py --write
 python .ci/docs.py --check
+python .ci/docs.py --site DIR
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import re
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import click
 from diff2to3._plugins import ROLES, registry
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+PACKAGES = ("diff2to3", "marope", "smdit", "sparse_vae", "flux_features", "gs_render")
 OWN = ("diff2to3", "flux-features", "gs-render", "smdit", "sparse-vae")
 COMMANDS = {
     "generate": "diff2to3._cli._generate:generate",
@@ -40,22 +44,29 @@ the same way. [pluggy](https://pluggy.readthedocs.io) announces them, a typed re
 
 ```sh
 diff2to3 plugins
-diff2to3 generate chair.png --feature-extractor acme-dct
+diff2to3 generate chair.png --renderer torch --format ply
 ```
 
 ```python
-Pipeline.from_pretrained(feature_extractor="acme-dct")                # by name
-Pipeline.from_pretrained(feature_extractor="acme-features:acme-dct")  # where two distributions use one name
-Pipeline.from_pretrained(feature_extractor=MyExtractor())             # an object
-diff2to3.register(MyExtractor, role="feature_extractor", name="mine") # a name without packaging
+import diff2to3
+from diff2to3 import Pipeline
+from gs_render import RendererConfig, TorchRenderer
+
+class MyRenderer(TorchRenderer): ...
+
+Pipeline.from_pretrained(renderer="torch")                      # by name
+Pipeline.from_pretrained(renderer="gs-render:torch")            # where two distributions use one name
+Pipeline.from_pretrained(renderer=MyRenderer(RendererConfig())) # an object
+diff2to3.register(MyRenderer, role="renderer", name="mine", config=RendererConfig)
+Pipeline.from_pretrained(renderer="mine")                       # a name without packaging
 ```
 
 A replacement must fit the models around it: channels and grids are compared before anything runs.
 
 ## Writing a component
 
-A distribution names a *manifest* in the entry-point group `diff2to3`. The manifest is a top-level module beside the
-package, so that listing plugins does not import the package.
+[Write a plugin](howto/plugin.md) does it step by step. A distribution names a *manifest* in the entry-point group
+`diff2to3`. The manifest is a top-level module beside the package, so that listing plugins does not import the package.
 
 ```toml
 [project.entry-points.diff2to3]
@@ -86,30 +97,9 @@ system library, or returns None.
 
 A plugin that fails to load is listed with its error and does not disturb the others.
 
-Two folders of the repository are templates, complete distributions of under 60 lines each: copy one and change what it
-computes. `examples/plugin-feature-extractor` is the one above, `examples/plugin-backbone` is a flow model.
-
-```console
-$ pip install examples/plugin-feature-extractor
-$ diff2to3 plugins | grep acme
-feature_extractor  acme-dct        acme-features 1.2.0  yes
-$ diff2to3 generate examples/chair.png --feature-extractor acme-dct --format ply
-chair: 96 Gaussians in 24.0 s -> out: chair.ply chair.json
-```
-
-Those 96 Gaussians are no chair: the flows of the embedded pipeline were trained on other features, so a new extractor
-needs [training](training.md) like any other change of the model.
-
-Check a component with the contract tests that we use for our own:
-
-```python
-from diff2to3.testing import FeatureExtractorContract
-
-class TestMine(FeatureExtractorContract):
-    @pytest.fixture
-    def component(self):
-        return DctFeatures(DctFeaturesConfig(image_size=32))
-```
+Two folders of the repository are templates, complete distributions: copy one and change what it computes.
+`examples/plugin-feature-extractor` is the one above, `examples/plugin-backbone` is a flow model.
+[`diff2to3.testing`](reference/diff2to3.md#diff2to3testing) holds the contract tests of every role.
 """
 
 CLI_HEAD = """# Command line
@@ -127,7 +117,8 @@ def plugins_page() -> str:
         source = textwrap.dedent(inspect.getsource(role.protocol))
         kind = "The target is the function itself." if role.is_function else ""
         parts.append(
-            f"### {role.name}\n\n{inspect.getdoc(role.protocol)} {kind}".rstrip() + f"\n\n```python\n{source}```\n"
+            f"### {role.name}\n\n{inspect.getdoc(role.protocol)} {kind}".rstrip()
+            + f"\n\n<!-- not run: source -->\n```python\n{source}```\n"
         )
     parts.append(
         "## Components of this project\n\n| role | name | distribution | target | needs |\n|---|---|---|---|---|"
@@ -151,12 +142,40 @@ def cli_page() -> str:
     return "\n".join(parts)
 
 
+def public_names(package: str) -> list[str]:
+    module = importlib.import_module(package)
+    names = getattr(module, "__all__", None) or [
+        name for name, value in vars(module).items() if not isinstance(value, ModuleType)
+    ]
+    return [name for name in names if not name.startswith("_")]
+
+
+def site_faults(site: Path) -> list[str]:
+    """Public names that the reference lacks, and pages that a browser would load something from the network for."""
+    faults = []
+    for package in PACKAGES:
+        page = (site / "reference" / package / "index.html").read_text(encoding="utf-8")
+        anchors = set(re.findall(r'id="([^"]+)"', page))
+        faults += [
+            f"{package}.{n}: not in docs/reference" for n in public_names(package) if f"{package}.{n}" not in anchors
+        ]
+    loads = re.compile(r"""<(?:script|img|iframe|source|video)[^>]*\ssrc="?https?:|<link[^>]*\shref="?https?:""")
+    for page in site.rglob("*.html"):
+        faults += [f"{page.relative_to(site)}: loads {m[0]}" for m in loads.finditer(page.read_text(encoding="utf-8"))]
+    return faults
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", action="store_true")
     action.add_argument("--check", action="store_true")
+    action.add_argument("--site", type=Path, metavar="DIR")
     arguments = parser.parse_args()
+    if arguments.site is not None:
+        faults = site_faults(arguments.site)
+        print(*faults, sep="\n", file=sys.stderr)
+        return 1 if faults else 0
     stale = []
     for name, text in (("plugins.md", plugins_page()), ("cli.md", cli_page())):
         path = DOCS / name
