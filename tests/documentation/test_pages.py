@@ -42,6 +42,7 @@ def path_with_pip(tmp_path_factory):
     return programs, site
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", RUNS)
 def test_code_runs(name, path_with_pip, tmp_path):
     """In a folder with the example pictures and the repository's folders that pages speak of."""
@@ -53,7 +54,7 @@ def test_code_runs(name, path_with_pip, tmp_path):
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "2"}
     command = [sys.executable, _SCRIPT, ROOT / name]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=880)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
 
 

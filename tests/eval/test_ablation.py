@@ -149,6 +149,9 @@ def test_other_settings_are_refused(finished, config_of, values, tmp_path):
         run_ablation(config_of(tmp_path / "new", lift={"num_views": 3}), merge=[out], table_only=True)
     with pytest.raises(InputError, match="the ablation gives seed itself"):
         run_ablation(config_of(tmp_path / "seed", vae={**values["vae"], "seed": 3}))
+    rows = {**values["rows"], "Exp 4": {**values["rows"]["Exp 4"], "backbone": "smdti"}}
+    with pytest.raises(InputError, match="no backbone named 'smdti'"):
+        run_ablation(config_of(tmp_path / "unknown", rows=rows))
     with pytest.raises(InputError, match=r"features 'x'; extractors has diffusion, semantic"):
         config_of(out, rows={"a": {"features": "x", "backbone": "smdit"}})
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diff2to3._errors import InputError
 from diff2to3._pipeline import Pipeline
 from diff2to3._pipeline_config import ComponentConfig, PipelineConfig, SamplerConfig
-from diff2to3._plugins import BACKBONE, MATTING, RENDERER, build
+from diff2to3._plugins import BACKBONE, MATTING, RENDERER, build, registry
 from diff2to3.data._extractor import open_extractor
 from diff2to3.data._feature_stage import encode_objects, latent_statistics, lift_objects
 from diff2to3.data._models import load_encoding, load_lifting
@@ -63,8 +63,10 @@ def run_ablation(
         table_only: the table of what is there already.
 
     Raises:
-        InputError: the folder was begun with other settings, or the data set lacks something.
+        InputError: the folder was begun with other settings, a backbone is unknown, or the data set lacks something.
     """
+    for row in config.rows.values():
+        registry().find(BACKBONE.name, row.backbone)
     store = Store(config.data)
     protocol = _frozen(config, store)
     run = _Run(config, store, protocol, None if minutes is None else time.monotonic() + 60 * minutes)

@@ -23,13 +23,13 @@ class Row(_Config):
 
     Attributes:
         features: name of the extractor whose features the 2to3-VAE encodes, and which sees the input picture.
-        backbone: component of the role ``backbone``.
+        backbone: any installed component of the role ``backbone``.
         model: fields of its config; channels and grid follow from features and VAE.
         marks: ticks of the paper's columns, for the table.
     """
 
     features: str
-    backbone: Literal["smdit", "cross-dit"]
+    backbone: str
     model: dict[str, Any] = Field(default_factory=dict)
     marks: tuple[str, ...] = ()
 
