@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/pictures: every example beside four views, a quarter turn apart, of what `tiny` makes of it.
+"""Draw docs/pictures: every example beside four views, a quarter turn apart, of what `tiny` makes of it.
 
 diff2to3 generate examples/*.png -o OUT --format ply    # seed 0, the pipeline's own settings
 python .ci/pictures.py OUT

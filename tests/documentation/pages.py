@@ -65,14 +65,17 @@ def same_but_for_numbers(printed: str, got: str) -> bool:
 def run(page: Path) -> None:
     names: dict[str, object] = {"__name__": "__page__"}
     for block in blocks(page):
-        if block.why_not or block.language not in ("python", "sh", "console"):
+        if block.why_not:
+            continue
+        if file := re.match(r"# (\S+/\S+\.\w+)\n", block.code):
+            Path(file[1]).write_text(block.code, encoding="utf-8")
+            continue
+        if block.language not in ("python", "sh", "console"):
             continue
         where = f"{page.relative_to(ROOT)}:{block.line}"
         start = time.perf_counter()
         print(f"{where}: {block.language}", flush=True)
-        if file := re.match(r"# (\S+/\S+\.\w+)\n", block.code):
-            Path(file[1]).write_text(block.code, encoding="utf-8")
-        elif block.language == "python":
+        if block.language == "python":
             exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
         elif block.language == "sh":
             subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], check=True)
