@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -101,6 +102,54 @@ def check_command(words, where):
         command.make_parser(context).parse_args(list(words))
     except click.UsageError as error:
         pytest.fail(f"{where}: {error.format_message()}")
+
+
+@pytest.mark.parametrize("page", [page for page in pages.PAGES if page.name == "README.md"], ids=str)
+def test_links_of_readmes_lead_somewhere(page):
+    """mkdocs checks those of docs/."""
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), f"{page}: no {link}"
+
+
+def test_shapes_in_the_figures_are_those_of_the_models():
+    """Of the embedded pipeline, of the preset `tiny` (autoencoders) and of `paper` (features)."""
+    from diff2to3._locate import locate
+    from diff2to3._store import read_config
+    from flux_features import FluxFeatures, FluxFeaturesConfig
+    from smdit import SMDiTConfig, StructureFlowConfig
+    from sparse_vae import SparseVAEConfig, StructureVAEConfig
+
+    def shows(figure, *shapes):
+        text = (ROOT / "docs" / "figures" / f"{figure}.svg").read_text(encoding="utf-8").replace(" ", "")
+        for shape in shapes:
+            assert "[" + ",".join(map(str, shape)) + "]" in text, f"{figure}.svg: no {shape}"
+
+    roles = {name: role.config for name, role in read_config(locate(None)).roles.items()}
+    features = FluxFeaturesConfig.model_validate(roles["feature_extractor"])
+    structure = StructureFlowConfig.model_validate(roles["structure"])
+    backbone = SMDiTConfig.model_validate(roles["backbone"])
+    decoder = SparseVAEConfig.model_validate(roles["latent_decoder"])
+    side, channels, latents = features.image_size // 8, features.latent_channels, backbone.latent_channels
+    tokens = (side // 2, side // 2, 4 * channels)
+    coarse = structure.decoder.latent_size
+    shows("pipeline", ("B", channels, side, side), ("B", "images", *tokens), ("L", latents))
+    shows("pipeline", (structure.decoder.latent_channels, coarse, coarse, coarse))
+    shows("smdit", ("B", 1, *tokens), ("N", latents))
+    assert f"{decoder.gaussians.num_gaussians} a voxel" in (ROOT / "docs/figures/pipeline.svg").read_text()
+
+    vae, dense = SparseVAEConfig.preset("tiny"), StructureVAEConfig.preset("tiny")
+    shows("sparse_vae", ("N", vae.in_channels), ("B", 1, *3 * [dense.grid_size]))
+    shows("sparse_vae", ("B", dense.latent_channels, *3 * [dense.latent_size]))
+    figure = (ROOT / "docs/figures/sparse_vae.svg").read_text()
+    assert f"[N, {vae.latent_channels}]" in figure
+    assert f"{vae.gaussians.num_gaussians} N" in figure
+    assert f"windows of {vae.window_size}^3" in figure
+
+    paper = FluxFeaturesConfig.preset("paper")
+    side, channels = paper.image_size // 8, paper.latent_channels
+    shows("flux_features", ("V", 3, *2 * [paper.image_size]), ("V", channels, side, side), ("L", channels))
+    shows("flux_features", ("V", side // 2, side // 2, 4 * channels))
+    assert FluxFeatures(FluxFeaturesConfig.preset("tiny")).stride == 8
 
 
 def test_the_checks_can_fail(tmp_path):

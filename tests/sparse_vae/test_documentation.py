@@ -1,30 +1,16 @@
-"""The examples in the README and on the documentation page run as printed."""
+"""The tables on the documentation page are true."""
 
-import re
 from pathlib import Path
 
-import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "packages/sparse_vae/README.md", ROOT / "docs/sparse_vae.md"]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples_run(page):
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    assert blocks
-    scope: dict = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for block in blocks:
-            exec(compile(block, page.name, "exec"), scope)
+PAGE = Path(__file__).resolve().parents[2] / "docs/sparse_vae.md"
 
 
 def test_sizes_of_presets_are_those_of_the_table():
     from sparse_vae import SparseVAE, SparseVAEConfig, StructureVAE, StructureVAEConfig
 
-    table = PAGES[1].read_text()
+    table = PAGE.read_text()
     for name in ("tiny", "small", "paper"):
         (line,) = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
         with torch.device("meta"):
