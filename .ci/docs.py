@@ -44,7 +44,7 @@ the same way. [pluggy](https://pluggy.readthedocs.io) announces them, a typed re
 
 ```sh
 diff2to3 plugins
-diff2to3 generate chair.png --renderer torch --format ply
+diff2to3 generate chair.png --renderer torch --steps 5 --format ply
 ```
 
 ```python
