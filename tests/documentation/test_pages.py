@@ -71,7 +71,9 @@ def test_every_block_is_of_a_known_kind(name):
         elif block.language == "toml":
             tomllib.loads(block.code)
         else:
-            assert block.language in ("sh", "console", "text"), f"{where}: nobody checks {block.language!r}"
+            assert block.language in ("sh", "console", "text"), (
+                f"{where}: {block.language!r}, expected sh, console, python, yaml, toml or text"
+            )
 
 
 @pytest.mark.parametrize("name", BLOCKS)
