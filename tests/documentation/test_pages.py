@@ -53,7 +53,7 @@ def test_code_runs(name, path_with_pip, tmp_path):
     for folder in ("examples", "configs"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(site)}
     command = [sys.executable, _SCRIPT, ROOT / name]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=880)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
