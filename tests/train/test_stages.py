@@ -12,6 +12,7 @@ from diff2to3.train._engine import train
 from diff2to3.train.stages import STAGES, build_stage
 from diff2to3.train.stages.structure_vae import dense_occupancy
 from PIL import Image
+from pydantic import BaseModel
 from safetensors.torch import load_file
 
 
@@ -37,10 +38,14 @@ def test_the_five_stages_make_a_pipeline_that_generates(trained, tmp_path):
     assert pipeline.config.frame == "view-snapped"
     stored = sum(file.stat().st_size for file in (tmp_path / "pipe").glob("*.safetensors"))
     assert stored == pytest.approx(2 * count, rel=0.3)  # fp16
+    asset = pipeline(_picture(), seed=1)
+    assert len(asset.gaussians) == 2 * len(asset.voxels)
+
+
+def _picture():
     picture = Image.new("RGBA", (40, 40))
     picture.paste((200, 30, 30, 255), (10, 10, 30, 30))
-    asset = pipeline(picture, seed=1)
-    assert len(asset.gaussians) == 2 * len(asset.voxels)
+    return picture
 
 
 def test_an_unpacked_pipeline_is_trained_on_from(trained, micro_config, tmp_path):
@@ -59,6 +64,63 @@ def test_an_unpacked_pipeline_is_trained_on_from(trained, micro_config, tmp_path
     train(build_stage("flow", config), config)
     before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "more" / "model"))
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+class MeanConfig(BaseModel):
+    latent_channels: int = 8
+    condition_channels: int = 48
+    grid_size: int = 16
+
+
+class Mean(torch.nn.Module):
+    """Somebody's backbone: a linear map of the latents and the mean of the picture."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.map = torch.nn.Linear(config.latent_channels + config.condition_channels + 1, config.latent_channels)
+
+    def forward(self, x, t, condition):
+        whole = torch.cat([condition.mean((1, 2, 3)), t[:, None]], 1)[x.topology.coords[:, 0].long()]
+        return x.replace(self.map(torch.cat([x.features, whole], 1)))
+
+
+class Blocks(torch.nn.Module):
+    """Somebody's extractor, without weights: colours of 8 x 8 blocks, four times over."""
+
+    channels, stride, image_size = 12, 8, 32
+
+    def forward(self, images):
+        return torch.nn.functional.avg_pool2d(images, 8).repeat(1, 4, 1, 1)
+
+    def tokens(self, feature_map):
+        return torch.nn.functional.pixel_unshuffle(feature_map, 2).permute(0, 2, 3, 1)
+
+
+def test_somebody_s_backbone_and_extractor_become_a_pipeline(trained, micro_config, tmp_path, monkeypatch):
+    """Named in the settings of the flows they are trained, put together, loaded by name, and used."""
+    import diff2to3
+    from diff2to3._plugins import registry
+
+    monkeypatch.setattr(registry(), "components", list(registry().components))
+    diff2to3.register(Mean, role="backbone", name="mean", config=MeanConfig)
+    diff2to3.register(Blocks, role="feature_extractor", name="blocks")
+    options = {"extractor": {"name": "blocks"}, "frame": "canonical"}
+    structure = micro_config("structure-flow", options=options)
+    structure = structure.model_copy(update={"model": structure.model | {"condition_channels": 48}})
+    flow = micro_config("flow", options=options, model={"name": "mean"})
+    for stage, config in (("structure-flow", structure), ("flow", flow)):
+        train(build_stage(stage, config), config)
+    settings = {"threshold": -2.0, "structure_guidance": 1.0, "guidance": 1.0, "steps": 2}
+    assemble(trained, tmp_path / "pipe", "mine", **settings, flow=flow)
+    pipeline = diff2to3.Pipeline.from_pretrained(tmp_path / "pipe", device="cpu")
+    assert (type(pipeline.backbone), type(pipeline.feature_extractor)) == (Mean, Blocks)
+    assert pipeline.config.frame == "canonical"
+    learned = load_file(trained / "flow" / "model" / "model.safetensors")["map.weight"]
+    torch.testing.assert_close(pipeline.backbone.map.weight, learned.half().float())
+    assert len(pipeline(_picture(), seed=1).gaussians)
+    with pytest.raises(ValueError, match=r"flow.model: no usable config.json for SMDiTConfig"):
+        assemble(trained, tmp_path / "other", "mine", **settings)
 
 
 def test_stage_two_refuses_a_vae_without_statistics(micro_config):

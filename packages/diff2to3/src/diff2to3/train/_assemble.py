@@ -3,43 +3,63 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from flux_features import FluxFeatures, FluxFeaturesConfig
-from pydantic import BaseModel
-from safetensors.torch import save
+from pydantic import BaseModel, Field, RootModel
 from smdit import SamplerConfig as StructureSamplerConfig
-from smdit import SMDiT, SMDiTConfig, StructureFlow, StructureFlowConfig
+from smdit import SMDiT, SMDiTConfig, StructureDiTConfig, StructureFlow, StructureFlowConfig
 from sparse_vae import SparseVAE, SparseVAEConfig, StructureVAE, StructureVAEConfig
-from torch import Tensor, nn
+from torch import nn
 
+from diff2to3._assemble import from_plugin
 from diff2to3._errors import InputError
 from diff2to3._pipeline import Pipeline
 from diff2to3._pipeline_config import ComponentConfig, PipelineConfig, SamplerConfig
-from diff2to3._store import save_pipeline, weights_path
-from diff2to3.eval._vae import ENCODER, pipeline_models
+from diff2to3._plugins import BACKBONE, FEATURE_EXTRACTOR, build, load_config_model, registry
+from diff2to3._store import ENCODER, save_pipeline
+from diff2to3.eval._vae import pipeline_models
 from diff2to3.train._checkpoint import read_config, read_weights, save_model
+from diff2to3.train._config import TrainConfig
+from diff2to3.train.stages._base import Options
+
+
+class _StructureModel(RootModel[Annotated[SMDiTConfig | StructureDiTConfig, Field(discriminator="kind")]]):
+    """The config of either model of stage ``structure-flow``."""
 
 
 def assemble(
-    runs: Path, out: Path, name: str, threshold: float, structure_guidance: float, guidance: float, steps: int = 25
+    runs: Path,
+    out: Path,
+    name: str,
+    threshold: float,
+    structure_guidance: float,
+    guidance: float,
+    steps: int = 25,
+    flow: TrainConfig | None = None,
 ) -> int:
     """Writes ``out`` from the stages' ``model`` folders under ``runs``; returns the number of parameters.
 
     Weights are stored in fp16, statistics as fp32 numbers in ``pipeline.json``. The 2to3-VAE's encoder, which
     generating does not need, lies beside them as ``latent_encoder.safetensors``.
 
+    Args:
+        flow: settings that stage ``flow`` was trained with. They name the backbone (``model.name``), the extractor
+            (``options.extractor``) and the frame where these are not SMDiT, the stage ``autoencoder`` and the default.
+
     Raises:
         ValueError: a stage is missing or does not fit the others.
     """
-    extractor = FluxFeatures(read_config(runs / "autoencoder/model", FluxFeaturesConfig))
-    extractor.load_state_dict(read_weights(runs / "autoencoder/model"))
+    options = Options(**flow.options) if flow else Options()
+    extractor, features = _extractor(runs, options.extractor)
+    backbone, velocity = _backbone(runs / "flow/model", flow.model.get("name", "smdit") if flow else "smdit")
 
     structure_vae = StructureVAE(read_config(runs / "structure_vae/model", StructureVAEConfig))
     structure_vae.load_state_dict(read_weights(runs / "structure_vae/model"))
     structure = StructureFlow(
         StructureFlowConfig(
-            flow=read_config(runs / "structure_flow/model", SMDiTConfig),
+            flow=read_config(runs / "structure_flow/model", _StructureModel).root,
             decoder=structure_vae.config.model_copy(update={"threshold": threshold}),
             sampler=StructureSamplerConfig(steps=steps, guidance=structure_guidance),
         )
@@ -47,38 +67,50 @@ def assemble(
     structure.flow.load_state_dict(read_weights(runs / "structure_flow/model"))
     structure.decoder.load_state_dict(structure_vae.decoder.state_dict())
 
-    backbone = SMDiT(read_config(runs / "flow/model", SMDiTConfig))
-    backbone.load_state_dict(read_weights(runs / "flow/model"))
-
     vae = SparseVAE(read_config(runs / "vae/model", SparseVAEConfig))
     vae.load_state_dict(read_weights(runs / "vae/model"))
 
     gaussians = vae.config.gaussians
-    renderer = {"filter_2d": gaussians.filter_2d, "antialias": True}
-    roles = {
-        "feature_extractor": ("flux", extractor.config),
-        "structure": ("structure-flow", structure.config),
-        "backbone": ("smdit", backbone.config),
-        "latent_decoder": ("gaussian", vae.config),
-    }
+    grid = f"{vae.config.grid_size}^3 voxels, {gaussians.num_gaussians} Gaussians each"
     config = PipelineConfig(
         name=name,
-        description="Diff2to3 at small size: 32^3 voxels, 8 Gaussians each, 256 px condition image.",
-        frame="view-snapped",
-        roles={role: ComponentConfig(name=n, config=c.model_dump(mode="json")) for role, (n, c) in roles.items()}
-        | {"renderer": ComponentConfig(name="auto", config=renderer)},
+        description=f"Diff2to3: {grid}, {extractor.image_size} px condition image.",
+        frame=options.frame,
+        roles={
+            "feature_extractor": features,
+            "structure": _component("structure-flow", structure.config),
+            "backbone": velocity,
+            "latent_decoder": _component("gaussian", vae.config),
+            "renderer": ComponentConfig(name="auto", config={"filter_2d": gaussians.filter_2d, "antialias": True}),
+        },
         sampler=SamplerConfig(steps=steps, guidance=guidance),
     )
-    modules = {
-        "feature_extractor": extractor,
-        "structure": structure,
-        "backbone": backbone,
-        "latent_decoder": vae.decoder,
-    }
+    modules = {"structure": structure, "backbone": backbone, "latent_decoder": vae.decoder, ENCODER: vae.encoder}
+    if isinstance(extractor, nn.Module) and options.extractor is None:  # any other finds its weights itself
+        modules["feature_extractor"] = extractor
     save_pipeline(out, config, modules, torch.float16)
-    encoder: dict[str, Tensor] = {k: v.half().contiguous() for k, v in vae.encoder.state_dict().items()}
-    weights_path(out, ENCODER).write_bytes(save(encoder))  # unlike save_file, with the permissions of any new file
-    return sum(p.numel() for module in (*modules.values(), vae.encoder) for p in module.parameters())
+    return sum(p.numel() for module in modules.values() for p in module.parameters())
+
+
+def _extractor(runs: Path, choice: ComponentConfig | None) -> tuple[Any, ComponentConfig]:
+    """The extractor of the condition and how a pipeline names it: a component, or what stage ``autoencoder`` made."""
+    if choice is not None:
+        return from_plugin(FEATURE_EXTRACTOR, choice), choice
+    extractor = FluxFeatures(read_config(runs / "autoencoder/model", FluxFeaturesConfig))
+    extractor.load_state_dict(read_weights(runs / "autoencoder/model"))
+    return extractor, _component("flux", extractor.config)
+
+
+def _backbone(folder: Path, name: str) -> tuple[Any, ComponentConfig]:
+    """The trained flow of a model folder, whichever component it is, and how a pipeline names it."""
+    config = read_config(folder, load_config_model(registry().find(BACKBONE, name)))
+    backbone: Any = build(BACKBONE, name, config.model_dump())
+    backbone.load_state_dict(read_weights(folder))
+    return backbone, _component(name, config)
+
+
+def _component(name: str, config: BaseModel) -> ComponentConfig:
+    return ComponentConfig(name=name, config=config.model_dump(mode="json"))
 
 
 def unpack(source: Path, runs: Path) -> list[str]:

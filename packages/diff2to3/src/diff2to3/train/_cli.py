@@ -45,11 +45,34 @@ _command("flow", "Stage 2: SMDiT over the 2to3-VAE's latents, conditioned on a p
 )
 @click.option("--structure-guidance", type=float, default=2.0, show_default=True, help="Default guidance of stage 1.")
 @click.option("--guidance", type=float, default=2.0, show_default=True, help="Default guidance of stage 2.")
-def assemble(runs: Path, out: Path, name: str, threshold: float, structure_guidance: float, guidance: float) -> None:
+@click.option(
+    "--flow",
+    type=click.Path(path_type=Path),
+    metavar="CONFIG.yaml",
+    help="Settings of stage flow, where they name a backbone, an extractor or a frame of their own.",
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of --flow.")
+def assemble(
+    runs: Path,
+    out: Path,
+    name: str,
+    threshold: float,
+    structure_guidance: float,
+    guidance: float,
+    flow: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
     """Put the trained stages under RUNS together into a pipeline directory OUT (fp16 weights, fp32 statistics)."""
+    from diff2to3.train._config import load_config
+
+    settings = load_config(flow, overrides) if flow else None
+    from diff2to3._errors import InputError
     from diff2to3.train._assemble import assemble as run
 
-    count = run(runs, out, name, threshold, structure_guidance, guidance)
+    try:
+        count = run(runs, out, name, threshold, structure_guidance, guidance, flow=settings)
+    except (ValueError, RuntimeError) as error:  # torch reports missing and unexpected weights as RuntimeError
+        raise InputError(" ".join(str(error).split())) from error
     click.echo(f"{out}: {count / 1e6:.2f} M parameters")
 
 
