@@ -242,6 +242,54 @@ def test_manifest_whose_picture_changed(made, tmp_path):
     refuses(diff2to3(*command), "not a manifest")
 
 
+def test_manifest_of_other_versions(made, tmp_path):
+    """Said in one line, and made all the same."""
+    folder, _ = made
+    manifest = json.loads((folder / "out" / "ball-0.json").read_text())
+    here = manifest["versions"]["torch"]
+    manifest["versions"] |= {"torch": "1.2.3"}
+    (tmp_path / "m.json").write_text(json.dumps(manifest))
+    result = within("generate", "--from-manifest", tmp_path / "m.json", "-o", tmp_path, "--format", "ply")
+    [line] = [line for line in result.output.splitlines() if "may differ" in line]
+    assert (
+        line == f"diff2to3: the result may differ a little: {tmp_path}/m.json was made with torch 1.2.3 (here {here})"
+    )
+    assert (tmp_path / "ball.ply").is_file()
+
+
+def test_manifest_whose_pipeline_changed(made, tmp_path):
+    """Other settings or weights in the pipeline's place are refused before anything is written."""
+    folder, _ = made
+    manifest = json.loads((folder / "out" / "ball-0.json").read_text())
+    command = ["generate", "--from-manifest", tmp_path / "m.json", "-o", tmp_path / "out", "--format", "ply"]
+    for change, words in (
+        ({"config": manifest["config"] | {"condition_background": 0.5}}, "the pipeline's condition_background is not"),
+        ({"weights": manifest["weights"] | {"backbone": "0" * 64}}, "the weights of backbone are not those"),
+    ):
+        (tmp_path / "m.json").write_text(json.dumps(manifest | change))
+        result = CliRunner().invoke(cli, [str(argument) for argument in command])
+        assert words in str(result.exception)
+        assert not (tmp_path / "out").exists()
+
+
+def test_picture_of_a_manifest_that_moved_with_it(made, tmp_path):
+    folder, _ = made
+    manifest = json.loads((folder / "out" / "ball-0.json").read_text())
+    manifest["pictures"][0]["path"] = "pictures/ball.png"  # as given, from another working directory
+    (tmp_path / "m.json").write_text(json.dumps(manifest))
+    command = ["generate", "--from-manifest", tmp_path / "m.json", "-o", tmp_path / "out", "--format", "ply"]
+    refused = CliRunner().invoke(cli, [str(argument) for argument in command]).exception
+    assert str(refused).startswith(
+        f"pictures/ball.png: no such file; the manifest was made from it: put it into {tmp_path}"
+    )
+    for place in (tmp_path / "ball.png", tmp_path / "pictures" / "ball.png"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes((folder / "ball.png").read_bytes())
+        within(*command)
+        place.unlink()
+    assert (tmp_path / "out" / "ball.ply").read_bytes() == (folder / "out" / "ball-0.ply").read_bytes()
+
+
 def test_convert_and_info(made, tmp_path):
     folder, _ = made
     source = folder / "out" / "ball-0.ply"

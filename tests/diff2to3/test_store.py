@@ -9,12 +9,21 @@ from diff2to3 import Pipeline
 from diff2to3 import _locate as locate
 from diff2to3 import _store as store
 from diff2to3._errors import ComponentError, PipelineFormatError
+from diff2to3._locate import file_sha256
 from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
 def folder(micro_pipeline, tmp_path):
     return shutil.copytree(micro_pipeline, tmp_path / "broken")
+
+
+@pytest.fixture
+def unhashed(folder):
+    """One whose files may be changed: it does not say what they were."""
+    path = folder / "pipeline.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": {}}))
+    return folder
 
 
 def load(folder):
@@ -37,19 +46,70 @@ def edit(path, change):
         (lambda s: s["output.bias"][:1].fill_(float("inf")), r"output\.bias holds 1 values"),
     ],
 )
-def test_wrong_tensors_are_named(folder, change, message):
-    edit(folder / "backbone.safetensors", change)
+def test_wrong_tensors_are_named(unhashed, change, message):
+    edit(unhashed / "backbone.safetensors", change)
     with pytest.raises(PipelineFormatError, match=message):
-        load(folder)
+        load(unhashed)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
-def test_truncated_weights(folder, keep):
-    path = folder / "structure.safetensors"
+def test_truncated_weights(unhashed, keep):
+    path = unhashed / "structure.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(PipelineFormatError, match=r"structure\.safetensors is damaged or truncated"):
+        load(unhashed)
+
+
+@pytest.mark.parametrize("role", ["feature_extractor", "structure", "backbone", "latent_decoder"])
+def test_changed_weights(folder, role):
+    """One bit of one number, which leaves a whole safetensors file with finite tensors."""
+    path = folder / f"{role}.safetensors"
+    saved, data = file_sha256(path), bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    expected = (
+        f"{path} is damaged, truncated or another file: its SHA-256 is {file_sha256(path)[:12]}..., pipeline.json says "
+        f"{saved[:12]}...; delete {path} and get it again"
+    )
+    with pytest.raises(PipelineFormatError) as caught:
         load(folder)
+    assert str(caught.value) == expected
+
+
+def test_weights_that_the_pipeline_does_not_know(folder):
+    path = folder / "pipeline.json"
+    config = json.loads(path.read_text())
+    del config["weights"]["backbone.safetensors"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(PipelineFormatError, match=r"backbone\.safetensors .* pipeline\.json says no such file"):
+        load(folder)
+
+
+def test_hashes_of_a_replaced_component_do_not_count(folder):
+    (folder / "backbone.safetensors").write_bytes(b"damaged")
+    own = load_backbone(folder)
+    pipeline = Pipeline.from_pretrained(folder, device="cpu", backbone=own)
+    saved = store.read_config(folder).weights
+    assert pipeline.weight_hashes()["structure"] == saved["structure.safetensors"]
+    assert pipeline.weight_hashes()["backbone"] == store.state_sha256(own) != saved["backbone.safetensors"]
+    assert pipeline.config.weights == {}
+
+
+def load_backbone(folder):
+    from smdit import SMDiT, SMDiTConfig
+
+    with torch.random.fork_rng():
+        return SMDiT(SMDiTConfig(**store.read_config(folder).roles["backbone"].config))
+
+
+def test_saving_over_another_pipeline_leaves_no_hash_of_it(folder):
+    before = store.read_config(folder).weights
+    load(folder).save_pretrained(folder, dtype="float32")
+    after = store.read_config(folder).weights
+    assert before.keys() == after.keys()
+    assert not set(before.values()) & set(after.values())
+    assert load(folder).weight_hashes() == {name.partition(".")[0]: value for name, value in after.items()}
 
 
 def test_missing_weights(folder):
@@ -73,6 +133,7 @@ def test_weights_for_a_component_without_any(folder):
         ({"roles": {}}, "no component for feature_extractor"),
         ({"sampler": {"steps": 0}}, "steps"),
         ({"name": 3}, "name"),
+        ({"weights": {"backbone.safetensors": "abc"}}, r"weights\.backbone\.safetensors"),
     ],
 )
 def test_wrong_config(folder, change, message):
@@ -116,26 +177,6 @@ def test_empty_folder_and_unknown_names(tmp_path):
         load("./not/there")
 
 
-def test_hub_ids_are_downloaded(micro_pipeline, monkeypatch):
-    import huggingface_hub
-
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or micro_pipeline)
-    assert load("somebody/chairs").config.name == "micro"
-    assert asked == ["somebody/chairs"]
-
-
-def test_hub_failures_are_worded(monkeypatch):
-    import huggingface_hub
-
-    def fail(name, **_):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(PipelineFormatError, match="Hub does not give it"):
-        load("somebody/chairs")
-
-
 def test_saving_refuses_what_loading_would(tmp_path, micro_pipeline):
     config = store.read_config(micro_pipeline)
     module = torch.nn.Linear(2, 2)
@@ -164,4 +205,6 @@ def test_embedded_pipelines_are_complete():
     for name in locate.embedded_names():
         config = store.read_config(locate.EMBEDDED / name)
         assert config.description
+        files = {path.name: file_sha256(path) for path in (locate.EMBEDDED / name).glob("*.safetensors")}
+        assert config.weights == files
         Pipeline.from_pretrained(name, device="cpu")

@@ -27,11 +27,11 @@ from diff2to3._store import load_weights, weights_path
 
 @dataclass(frozen=True)
 class Assembly:
-    """Built components by role, the config that describes them, and the file of each that has its weights from one."""
+    """Built components by role, the config that describes them, and the SHA-256 of each weights file among them."""
 
     config: PipelineConfig
     components: dict[str, Any]
-    weight_files: dict[str, Path]
+    weight_hashes: dict[str, str]
 
 
 def assemble(directory: Path, config: PipelineConfig, overrides: Mapping[str, Any]) -> Assembly:
@@ -44,21 +44,22 @@ def assemble(directory: Path, config: PipelineConfig, overrides: Mapping[str, An
     """
     components: dict[str, Any] = {}
     chosen: dict[str, ComponentConfig] = {}
-    files: dict[str, Path] = {}
+    hashes: dict[str, str] = {}
     for role in PIPELINE_ROLES:
         override, own = overrides.get(role.name), config.roles[role.name]
         if override is None or (isinstance(override, str) and _is_same(role, override, own.name)):
-            components[role.name], chosen[role.name] = from_directory(role, own, directory), own
-            if (path := weights_path(directory, role.name)).is_file():
-                files[role.name] = path
+            components[role.name], sha256 = from_directory(role, config, directory)
+            chosen[role.name] = own
+            if sha256 is not None:
+                hashes[role.name] = sha256
         elif isinstance(override, str):
             replacement = ComponentConfig(name=override, config=_shared_settings(role, override, own))
-            components[role.name], chosen[role.name] = _from_plugin(role, replacement), replacement
+            components[role.name], chosen[role.name] = from_plugin(role, replacement), replacement
         else:
             kind = type(override)
             name = f"{kind.__module__}.{kind.__qualname__}"
             components[role.name], chosen[role.name] = check(role, override, name), ComponentConfig(name=name)
-    return Assembly(config.model_copy(update={"roles": chosen}), components, files)
+    return Assembly(config.model_copy(update={"roles": chosen, "weights": {}}), components, hashes)
 
 
 def check_fit(components: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,20 +96,22 @@ def check_models_fit(structure: Any, backbone: Any, decoder: Any) -> None:
             raise ComponentError(f"{what} do not fit together: {left} and {right}")
 
 
-def from_directory(role: Role[Any], own: ComponentConfig, directory: Path) -> Any:
-    """The component of a pipeline directory that plays a role, with its weights."""
+def from_directory(role: Role[Any], config: PipelineConfig, directory: Path) -> tuple[Any, str | None]:
+    """The component of a pipeline directory that plays a role, with its weights, and the SHA-256 of their file."""
+    own, sha256 = config.roles[role.name], None
     component = _build_quietly(role, own)
     path = weights_path(directory, role.name)
     if path.is_file():
         if not isinstance(component, nn.Module):
             raise PipelineFormatError(f"{path}: the {role.name} {own.name!r} takes no weights")
-        load_weights(component, path)
+        sha256 = load_weights(component, path, config)
     elif _needs_weights(role, own.name, component):
         raise PipelineFormatError(f"{path}: no such file; the {role.name} {own.name!r} needs its weights")
-    return component
+    return component, sha256
 
 
-def _from_plugin(role: Role[Any], replacement: ComponentConfig) -> Any:
+def from_plugin(role: Role[Any], replacement: ComponentConfig) -> Any:
+    """A component that a pipeline directory has no weights for; refused where it needs some."""
     component = _build_quietly(role, replacement)
     if _needs_weights(role, replacement.name, component):
         raise ComponentError(

@@ -47,8 +47,10 @@ def _torch() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda or "not built in",
     }
-    if not torch.cuda.is_available():
-        return {**facts, "device": "cpu only: no CUDA device is visible"}
+    if torch.backends.mps.is_available():
+        facts["mps"] = "available"
+    elif not torch.cuda.is_available():
+        facts["device"] = "cpu only: no CUDA device is visible"
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)

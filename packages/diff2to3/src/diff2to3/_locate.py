@@ -13,16 +13,32 @@ EMBEDDED = Path(__file__).parent / "_weights"
 DEFAULT_PIPELINE = "tiny"
 
 
-def locate(source: str | os.PathLike[str] | None) -> Path:
+def locate(
+    source: str | os.PathLike[str] | None, revision: str | None = None, *, local_files_only: bool = False
+) -> Path:
     """The local directory of a pipeline.
 
     Args:
         source: None for the embedded default; an existing directory; the name of an embedded pipeline; or a Hub id
             ``"owner/name"``, which is downloaded into the Hub's cache.
+        revision: branch, tag or commit of a Hub id; None is its main branch.
+        local_files_only: of the Hub take only what its cache has.
+            ``HF_HUB_OFFLINE=1`` in the environment says the same.
 
     Raises:
-        PipelineFormatError: nothing of that name, no pipeline in that directory, or the Hub does not give it.
+        PipelineFormatError: nothing of that name, no pipeline in that directory, the Hub does not give it, or a
+            revision of something that has none.
     """
+    text = None if source is None else os.fspath(source)
+    if text is not None and is_hub_id(text) and not Path(text).is_dir():
+        from diff2to3._hub import download
+
+        return download(text, revision, local_files_only)
+    if revision is not None:
+        raise PipelineFormatError(
+            f"revision {revision!r} was given, but {text or 'the embedded pipeline'} has none; "
+            "expected a Hub id 'owner/name'"
+        )
     if source is None:
         source = DEFAULT_PIPELINE
         if not (EMBEDDED / source / CONFIG_NAME).is_file():
@@ -34,13 +50,10 @@ def locate(source: str | os.PathLike[str] | None) -> Path:
         if not (Path(source) / CONFIG_NAME).is_file():
             raise PipelineFormatError(f"{source} is not a pipeline: it has no {CONFIG_NAME}")
         return Path(source)
-    text = os.fspath(source)
-    if (EMBEDDED / text / CONFIG_NAME).is_file() and "/" not in text:
-        return EMBEDDED / text
-    if is_hub_id(text):
-        return _from_hub(text)
+    if (EMBEDDED / source / CONFIG_NAME).is_file() and "/" not in os.fspath(source):
+        return EMBEDDED / source
     raise PipelineFormatError(
-        f"no pipeline {text!r}; expected a directory, a Hub id 'owner/name', or one of the embedded ones: "
+        f"no pipeline {os.fspath(source)!r}; expected a directory, a Hub id 'owner/name', or one of the embedded ones: "
         f"{', '.join(embedded_names()) or 'none in this installation'}"
     )
 
@@ -59,16 +72,3 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.md", "LICENSE*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PipelineFormatError(
-            f"{repository!r} is no directory here, and the Hub does not give it ({type(error).__name__}: {reason})"
-        ) from error

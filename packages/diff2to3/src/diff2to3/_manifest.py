@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diff2to3._errors import InputError
+from diff2to3._locate import file_sha256
 
 if TYPE_CHECKING:
     from diff2to3._asset import Asset
@@ -34,6 +35,7 @@ class Manifest(BaseModel):
     Args:
         pictures: the input; several are views of one object.
         pipeline: source as given to `Pipeline.from_pretrained`; None is the embedded one.
+        revision: the commit, of a pipeline from the Hub.
         components: role -> name of the components that replaced the pipeline's own.
         config: the whole `PipelineConfig` in use.
         weights: role -> SHA-256.
@@ -51,6 +53,7 @@ class Manifest(BaseModel):
     name: str
     pictures: tuple[PictureRecord, ...]
     pipeline: str | None
+    revision: str | None = None
     components: dict[str, str]
     config: dict[str, Any]
     weights: dict[str, str]
@@ -86,12 +89,44 @@ def read_manifest(path: Path) -> Manifest:
 def describe(asset: Asset, pipeline: Pipeline) -> dict[str, Any]:
     """The part of a manifest that the asset and its pipeline tell."""
     return {
-        "config": pipeline.config.model_dump(mode="json"),
+        "revision": pipeline.revision,
+        "config": pipeline.config.model_dump(mode="json", exclude={"weights"}),
         "weights": pipeline.weight_hashes(),
         **asset.settings,
         "device": str(pipeline.device),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "num_voxels": len(asset.voxels),
         "num_gaussians": len(asset.gaussians),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": _versions(),
     }
+
+
+def find_picture(record: PictureRecord, folder: Path) -> str:
+    """Where a picture of a manifest in `folder` is now: at its path, seen from here or from there, or beside it.
+
+    Raises:
+        InputError: nowhere, or what is there has another hash.
+    """
+    path = Path(record.path)
+    places = [place for place in (path, folder / path, folder / path.name) if place.is_file()]
+    hashes = [file_sha256(place) for place in places]
+    if record.sha256 in hashes:
+        return str(places[hashes.index(record.sha256)])
+    if not places:
+        raise InputError(
+            f"{path}: no such file; the manifest was made from it: put it into {folder}, or give it as IMAGE"
+        )
+    raise InputError(
+        f"{places[0]} is not the picture of the manifest: SHA-256 {hashes[0][:12]}..., expected {record.sha256[:12]}..."
+    )
+
+
+def other_versions(manifest: Manifest) -> str | None:
+    """What a manifest was made with and is not what is here, in one line; None where all is the same."""
+    here, there = _versions(), manifest.versions
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return ", ".join(f"{name} {there.get(name)} (here {here.get(name)})" for name in names) or None
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

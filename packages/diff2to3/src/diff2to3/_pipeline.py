@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 
 from diff2to3._assemble import assemble, check_fit
 from diff2to3._asset import Asset
-from diff2to3._errors import ImageInputError, InputError
+from diff2to3._device import synchronize, usable_device
+from diff2to3._errors import ImageInputError
+from diff2to3._hub import commit_of, upload
 from diff2to3._image import condition_image
 from diff2to3._inputs import ImageSource, read_image
-from diff2to3._locate import file_sha256, locate
+from diff2to3._locate import locate
 from diff2to3._pipeline_config import PipelineConfig
 from diff2to3._plugins import Backbone, FeatureExtractor, LatentDecoder, Matting, Renderer, Structure, registry
 from diff2to3._store import parse_dtype, read_config, save_pipeline, state_sha256
@@ -61,7 +64,8 @@ class Pipeline:
         self.config = config
         self.device, self.dtype, self.low_vram = torch.device(device), parse_dtype(dtype), low_vram
         self.components = check_fit(components)
-        self._weight_files: dict[str, Path] = {}
+        self.revision: str | None = None
+        self._weight_hashes: dict[str, str] = {}
         for component in self.components.values():
             if isinstance(component, nn.Module):
                 home = torch.device("cpu") if low_vram else self.device
@@ -81,6 +85,8 @@ class Pipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = torch.float32,
         low_vram: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
         matting: Matting | str | None = None,
         feature_extractor: FeatureExtractor | str | None = None,
         structure: Structure | str | None = None,
@@ -92,14 +98,18 @@ class Pipeline:
 
         Args:
             source: None for the embedded pipeline; a directory; the name of an embedded pipeline; or a Hub id.
-            device: None is CUDA where there is one, else the CPU.
+            device: None is CUDA where there is one, else Apple's MPS, else the CPU.
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
             low_vram: see `Pipeline`.
+            revision: branch, tag or commit of a Hub id; None is its main branch. The commit itself is then the
+                pipeline's `revision`.
+            local_files_only: download nothing; of the Hub take what its cache has. So does ``HF_HUB_OFFLINE=1``.
             matting, feature_extractor, structure, backbone, latent_decoder, renderer: the component to use instead of
                 the pipeline's own: ``"name"``, ``"distribution:name"``, or an object that plays the role.
 
         Raises:
-            PipelineFormatError: no such pipeline, or its files are missing or damaged.
+            PipelineFormatError: no such pipeline, or its files are missing, damaged or not those that were saved
+                (``pipeline.json`` holds the SHA-256 of each).
             ComponentNotFoundError, DuplicateComponentError, ComponentError: a component cannot be had, or does not fit.
         """
         overrides = {
@@ -110,11 +120,11 @@ class Pipeline:
             "latent_decoder": latent_decoder,
             "renderer": renderer,
         }
-        directory = locate(source)
-        device, dtype = _usable_device(device), parse_dtype(dtype)
+        directory = locate(source, revision, local_files_only=local_files_only)
+        device, dtype = usable_device(device), parse_dtype(dtype)
         assembly = assemble(directory, read_config(directory), overrides)
         pipeline = cls(assembly.config, assembly.components, device=device, dtype=dtype, low_vram=low_vram)
-        pipeline._weight_files = assembly.weight_files
+        pipeline.revision, pipeline._weight_hashes = commit_of(directory), assembly.weight_hashes
         return pipeline
 
     def __call__(
@@ -309,12 +319,39 @@ class Pipeline:
         save_pipeline(directory, self.config, modules, dtype or self.dtype)
         return Path(directory)
 
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        message: str = "Pipeline of diff2to3",
+        token: str | None = None,
+    ) -> str:
+        """Upload the pipeline to the Hugging Face Hub, for `from_pretrained` to load by its id.
+
+        Args:
+            repository: ``"owner/name"``; made if there is none.
+            revision: branch; None is the main one.
+            private: whether a repository that is made is private; None is the owner's default.
+            message: of the commit.
+            token: of a user who may write there; None is the one of ``hf auth login``.
+
+        Returns:
+            The commit, to pin as `revision`.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            directory = self.save_pretrained(folder)
+            return upload(directory, repository, revision=revision, private=private, message=message, token=token)
+
     def weight_hashes(self) -> dict[str, str]:
         """SHA-256 by role: of the weights file, or of the tensors of a component that has none in the directory."""
         hashes: dict[str, str] = {}
         for role, component in self.components.items():
-            file = self._weight_files.get(role)
-            value = file_sha256(file) if file else state_sha256(component)
+            value = self._weight_hashes.get(role) or state_sha256(component)
             if value is not None:
                 hashes[role] = value
         return hashes
@@ -335,18 +372,6 @@ def _condition(picture: Image.Image, size: int, background: float) -> Float[Tens
         raise ImageInputError(str(error)) from error
 
 
-def _usable_device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # how torch reports unknown, absent and not compiled-in devices
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"device {str(device)!r} cannot be used ({reason}); expected for example 'cpu'") from error
-    return chosen
-
-
 def _mix(seed: int, sample: int) -> int:
     """One 32-bit seed of two numbers (torch's CPU generator uses no more bits); sample 0 keeps the seed as it is."""
     if sample == 0:
@@ -362,6 +387,5 @@ def _stage(callback: Callback | None, stage: str) -> Callable[[int, int], None] 
 def _timed(timings: dict[str, float], device: torch.device, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     timings[stage] = time.perf_counter() - start

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from smdit import SamplerConfig
 
 from diff2to3._plugins import PIPELINE_ROLES
 
 FORMAT_VERSION: Literal[1] = 1
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
 class ComponentConfig(BaseModel):
@@ -38,6 +39,8 @@ class PipelineConfig(BaseModel):
         condition_background: grey behind the object in the condition image, 0 black to 1 white, as in training.
         roles: role -> component. Matting and renderer may be left out; the models may not.
         sampler: integration of the latent flow; stage 1 keeps its own in its config.
+        weights: SHA-256 of every weights file by its name, compared when it is loaded. A directory without any is
+            loaded unchecked; a loaded pipeline's own config has none, because they describe files.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +52,7 @@ class PipelineConfig(BaseModel):
     condition_background: float = Field(default=1.0, ge=0, le=1)
     roles: dict[str, ComponentConfig]
     sampler: SamplerConfig = SamplerConfig()
+    weights: dict[str, Sha256] = Field(default_factory=dict)
 
     @field_validator("roles")
     @classmethod

@@ -20,6 +20,7 @@ from gs_render import Camera
 from sparse_vae import SparseTensor
 from torch import Tensor
 
+from diff2to3._device import synchronize
 from diff2to3._pipeline import Pipeline
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ def self_test(device: str | None = None) -> Iterator[Check]:
     """Run the parts of the embedded pipeline one after the other.
 
     Args:
-        device: where; None is CUDA where there is one, else the CPU.
+        device: where; None is CUDA where there is one, else Apple's MPS, else the CPU.
     """
     stored = json.loads(files("diff2to3").joinpath("_self_test.json").read_text())
     for name, values, seconds in _measure(Pipeline.from_pretrained(device=device)):
@@ -74,7 +75,7 @@ def _measure(pipe: Pipeline) -> Iterator[tuple[str, tuple[float, ...], float]]:
     config = pipe.backbone.config
     size = pipe.feature_extractor.image_size
     picture = _waves((1, 3, size, size)).mul(0.5).add(0.5).to(pipe.device)
-    features, seconds = _timed(lambda: pipe.feature_extractor.tokens(pipe.feature_extractor(picture)))
+    features, seconds = _timed(pipe.device, lambda: pipe.feature_extractor.tokens(pipe.feature_extractor(picture)))
     yield "features", _moments(features), seconds
 
     condition = features[:, None]
@@ -82,20 +83,20 @@ def _measure(pipe: Pipeline) -> Iterator[tuple[str, tuple[float, ...], float]]:
     noise = SparseTensor.from_coords([coords], [_waves((len(coords), config.latent_channels))], config.grid_size)
     noise = noise.to(pipe.device)
     t = torch.full((1,), 0.5, device=pipe.device)
-    velocity, seconds = _timed(lambda: pipe.backbone(noise, t, condition))
+    velocity, seconds = _timed(pipe.device, lambda: pipe.backbone(noise, t, condition))
     yield "flow", _moments(velocity.features), seconds
 
-    voxels, seconds = _timed(lambda: pipe.structure.sample(condition, seeds=[0], steps=1))
+    voxels, seconds = _timed(pipe.device, lambda: pipe.structure.sample(condition, seeds=[0], steps=1))
     occupied = torch.zeros([config.grid_size] * 3)
     occupied[voxels[0].long().cpu().unbind(dim=1)] = 1
     yield "structure", (*_moments(occupied), *(value for axis in voxels[0].T for value in _moments(axis))), seconds
 
-    [gaussians], seconds = _timed(lambda: pipe.latent_decoder(pipe.denormalise(noise)))
+    [gaussians], seconds = _timed(pipe.device, lambda: pipe.latent_decoder(pipe.denormalise(noise)))
     figures = (gaussians.means, gaussians.scales.log(), gaussians.opacities, gaussians.sh)
     yield "gaussians", tuple(value for part in figures for value in _moments(part)), seconds
 
     cameras = Camera.orbit(num_views=1, radius=2.0, fov_degrees=40.0, size=64)
-    view, seconds = _timed(lambda: pipe.renderer(gaussians, cameras))
+    view, seconds = _timed(pipe.device, lambda: pipe.renderer(gaussians, cameras))
     yield "picture", (*_moments(view.color), *_moments(view.alpha)), seconds
 
 
@@ -112,14 +113,14 @@ def _ball(grid_size: int) -> Tensor:
 
 
 def _moments(x: Tensor) -> tuple[float, float]:
-    return x.double().mean().item(), x.double().std().item()
+    x = x.cpu().double()  # MPS has no float64
+    return x.mean().item(), x.std().item()
 
 
-def _timed(call: Callable[[], T]) -> tuple[T, float]:
+def _timed(device: torch.device, call: Callable[[], T]) -> tuple[T, float]:
     begin = time.perf_counter()
     result = call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(device)
     return result, time.perf_counter() - begin
 
 

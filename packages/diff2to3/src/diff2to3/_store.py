@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from diff2to3._atomic import replacing
 from diff2to3._errors import InputError, PipelineFormatError
-from diff2to3._locate import CONFIG_NAME
+from diff2to3._locate import CONFIG_NAME, file_sha256
 from diff2to3._locate import locate as locate
 from diff2to3._pipeline_config import PipelineConfig
 from diff2to3._plugins import PIPELINE_ROLES
+
+#: The 2to3-VAE's encoder, kept beside the roles: generating does not need it, encoding an object does.
+ENCODER = "latent_encoder"
 
 
 def read_config(directory: Path) -> PipelineConfig:
@@ -47,18 +50,28 @@ def read_config(directory: Path) -> PipelineConfig:
 
 
 def weights_path(directory: Path, role: str) -> Path:
-    """Where a directory keeps the weights of a role."""
+    """Where a directory keeps the weights of a role, or of `ENCODER`."""
     return directory / f"{role}.safetensors"
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path, config: PipelineConfig) -> str:
     """Fill a module with the tensors of a safetensors file: exactly its own, of its shapes, all finite.
 
+    Args:
+        module: the module.
+        path: the file.
+        config: of its directory; the file must have the SHA-256 that stands there, if any do.
+
+    Returns:
+        The SHA-256 of the file.
+
     Raises:
-        PipelineFormatError: missing or damaged file; missing, unexpected, misshapen or non-finite tensors, by name.
+        PipelineFormatError: missing, damaged or exchanged file; missing, unexpected, misshapen or non-finite tensors,
+            by name.
     """
     expected = module.state_dict()
     try:
+        sha256 = _checked_sha256(path, config)
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             _compare(f"{path}: missing tensors", sorted(expected.keys() - names))
@@ -77,6 +90,18 @@ def load_weights(module: nn.Module, path: Path) -> None:
             count = int((~torch.isfinite(tensor)).sum())
             raise PipelineFormatError(f"{path}: tensor {name} holds {count} values that are NaN or infinite")
     module.load_state_dict(state, strict=True)
+    return sha256
+
+
+def _checked_sha256(path: Path, config: PipelineConfig) -> str:
+    found, expected = file_sha256(path), config.weights.get(path.name)
+    if config.weights and found != expected:
+        wanted = f"{expected[:12]}..." if expected else "no such file"
+        raise PipelineFormatError(
+            f"{path} is damaged, truncated or another file: its SHA-256 is {found[:12]}..., {CONFIG_NAME} says "
+            f"{wanted}; delete {path.resolve()} and get it again"  # in the Hub's cache `path` is a link
+        )
+    return found
 
 
 def save_pipeline(
@@ -89,8 +114,8 @@ def save_pipeline(
 
     Args:
         directory: made if missing; files of the same names are replaced, each at once.
-        config: becomes ``pipeline.json``.
-        modules: role -> module whose parameters and persistent buffers become ``<role>.safetensors``.
+        config: becomes ``pipeline.json``, with the SHA-256 of every weights file.
+        modules: role (or `ENCODER`) -> module whose parameters and persistent buffers become ``<role>.safetensors``.
         dtype: of the stored floating-point tensors; None halves those that lose nothing by it and keeps the others.
 
     Raises:
@@ -98,22 +123,25 @@ def save_pipeline(
         OSError: a file cannot be written.
     """
     directory = Path(directory)
-    if unknown := sorted(set(modules) - {role.name for role in PIPELINE_ROLES}):
+    if unknown := sorted(set(modules) - {role.name for role in PIPELINE_ROLES} - {ENCODER}):
         raise ValueError(f"no such roles: {', '.join(unknown)}; expected {', '.join(r.name for r in PIPELINE_ROLES)}")
     dtype = None if dtype is None else parse_dtype(dtype)
     directory.mkdir(parents=True, exist_ok=True)
+    hashes = {}
     for role, module in modules.items():
         state = {name: _stored(tensor, dtype) for name, tensor in module.state_dict().items()}
         for name, tensor in state.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{role}: tensor {name} is not finite as {tensor.dtype}; it cannot be saved")
         if state:
-            with replacing(weights_path(directory, role)) as temporary:
+            path = weights_path(directory, role)
+            with replacing(path) as temporary:
                 try:
                     save_file(state, temporary)
                 except SafetensorError as error:  # how it reports a full disk
                     raise OSError(" ".join(str(error).split())) from error
-    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+                hashes[path.name] = file_sha256(temporary)
+    text = json.dumps(config.model_dump(mode="json") | {"weights": hashes}, indent=2) + "\n"
     with replacing(directory / CONFIG_NAME) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

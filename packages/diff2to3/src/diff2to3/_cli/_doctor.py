@@ -11,7 +11,7 @@ from diff2to3._cli._listing import print_table
 
 
 @click.command()
-@click.option("--device", metavar="D", help="Where the self test runs.  [default: CUDA if there is one]")
+@click.option("--device", metavar="D", help="Where the self test runs.  [default: a GPU if there is one]")
 @click.option("--no-test", is_flag=True, help="Leave the self test out.")
 @click.option("--licenses", is_flag=True, help="List the licences of all that diff2to3 needs instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -31,6 +31,7 @@ class Job:
     out: Path
     formats: tuple[str, ...]
     pipeline: str | None
+    revision: str | None
     components: dict[str, str]
     seed: int
     samples: tuple[int, ...]
@@ -45,12 +46,13 @@ class Job:
 @click.argument("images", nargs=-1, metavar="IMAGE...")
 @click.option("-o", "--out", default="out", show_default=True, metavar="DIR", help="Output folder.")
 @click.option("--pipeline", metavar="NAME|DIR|HUB", help="Pipeline to use.  [default: the embedded one]")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a pipeline from the Hub.")
 @click.option("--format", "formats", default=DEFAULT_FORMATS, show_default=True, help="Files to write, by suffix.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option("--samples", default=1, show_default=True, type=click.IntRange(1), help="Variants of each object.")
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps of both stages.  [default: the pipeline's]")
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance of both stages.  [default: the pipeline's]")
-@click.option("--device", metavar="D", help="cpu, cuda, cuda:1 ...  [default: CUDA if there is one]")
+@click.option("--device", metavar="D", help="cpu, cuda, cuda:1, mps ...  [default: a GPU if there is one]")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--low-vram", is_flag=True, help="Keep on the device only the model that is at work.")
 @click.option("--multi-view", is_flag=True, help="All pictures show the same object.")
@@ -72,13 +74,15 @@ def generate(
     """
     manifest = None
     if from_manifest is not None:
-        from diff2to3._manifest import read_manifest
+        from diff2to3._manifest import other_versions, read_manifest
 
         manifest = read_manifest(Path(from_manifest))
+        if (others := other_versions(manifest)) is not None:
+            click.echo(f"diff2to3: the result may differ a little: {from_manifest} was made with {others}", err=True)
     job = _job(images, given)
     if manifest is not None:
         explicit = {name for name in given if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
-        job = _like(manifest, job, explicit, bool(images))
+        job = _like(manifest, Path(from_manifest or "").parent, job, explicit, bool(images))
     if not job.objects:
         raise click.UsageError("no picture given; expected one or more IMAGE paths")
     _check_before_loading(job)
@@ -95,6 +99,7 @@ def _job(images: tuple[str, ...], given: dict[str, Any]) -> Job:
         out=Path(given["out"]),
         formats=tuple(dict.fromkeys(suffix for suffix in suffixes if suffix)),
         pipeline=given["pipeline"],
+        revision=given["revision"],
         components={role: given[role] for role in roles if given[role] is not None},
         seed=given["seed"],
         samples=tuple(range(given["samples"])),
@@ -106,33 +111,24 @@ def _job(images: tuple[str, ...], given: dict[str, Any]) -> Job:
     )
 
 
-def _like(manifest: Manifest, job: Job, explicit: set[str], own_pictures: bool) -> Job:
-    """The manifest's settings, where the command line says nothing else."""
+def _like(manifest: Manifest, folder: Path, job: Job, explicit: set[str], own_pictures: bool) -> Job:
+    """The settings of a manifest in a folder, where the command line says nothing else."""
+    from diff2to3._manifest import find_picture
+
     changes: dict[str, Any] = {
         name: getattr(manifest, name)
         for name in ("pipeline", "seed", "steps", "guidance", "dtype", "device")
         if name not in explicit
     }
+    if not explicit & {"pipeline", "revision"}:
+        changes["revision"] = manifest.revision
     if not explicit & {"samples", "seed"}:
         changes["samples"] = (manifest.sample,)
     if "formats" not in explicit:
         changes["formats"] = tuple(manifest.files)
     if not own_pictures:
-        for picture in manifest.pictures:
-            _check_same_picture(picture.path, picture.sha256)
-        changes["objects"] = (tuple(picture.path for picture in manifest.pictures),)
+        changes["objects"] = (tuple(find_picture(picture, folder) for picture in manifest.pictures),)
     return replace(job, **changes, components={**manifest.components, **job.components})
-
-
-def _check_same_picture(path: str, sha256: str) -> None:
-    from diff2to3._locate import file_sha256
-
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; the manifest was made from it")
-    if (found := file_sha256(Path(path))) != sha256:
-        raise InputError(
-            f"{path} is not the picture of the manifest: SHA-256 {found[:12]}..., expected {sha256[:12]}..."
-        )
 
 
 def _check_before_loading(job: Job) -> None:
@@ -147,7 +143,7 @@ def _check_before_loading(job: Job) -> None:
         raise InputError(f"--format is empty; expected for example {DEFAULT_FORMATS}")
     for role, name in [*job.components.items(), *((EXPORTER.name, suffix) for suffix in job.formats)]:
         registry().find(role, name)
-    locate(job.pipeline)
+    locate(job.pipeline, job.revision)
     for path in (path for pictures in job.objects for path in pictures):
         picture = read_image(path)
         if picture.mode == "RGBA":
@@ -164,10 +160,10 @@ def _run(job: Job, manifest: Manifest | None) -> Iterator[dict[str, Any]]:
         with bars.step("loading"):
             from diff2to3._pipeline import Pipeline
 
-            options: dict[str, Any] = {name: getattr(job, name) for name in ("device", "dtype", "low_vram")}
+            options: dict[str, Any] = {name: getattr(job, name) for name in ("device", "dtype", "low_vram", "revision")}
             pipeline = Pipeline.from_pretrained(job.pipeline, **options | job.components)
         if manifest is not None:
-            _check_same_weights(manifest, pipeline, job)
+            _check_same_pipeline(manifest, pipeline, job)
         loading = time.perf_counter() - start
         for pictures, name in zip(job.objects, _names(job.objects), strict=True):
             for sample in job.samples:
@@ -218,9 +214,13 @@ def _write(
     return {**manifest.model_dump(mode="json"), "files": {**paths, "json": str(job.out / f"{name}.json")}}
 
 
-def _check_same_weights(manifest: Manifest, pipeline: Pipeline, job: Job) -> None:
-    if manifest.components != job.components or manifest.pipeline != job.pipeline:
+def _check_same_pipeline(manifest: Manifest, pipeline: Pipeline, job: Job) -> None:
+    asked = (job.components, job.pipeline, job.revision)
+    if asked != (manifest.components, manifest.pipeline, manifest.revision):
         return  # another pipeline was asked for
+    settings = pipeline.config.model_dump(mode="json", exclude={"weights"})
+    if other := [key for key, value in settings.items() if manifest.config.get(key) != value]:
+        raise InputError(f"the pipeline's {', '.join(other)} is not as in the manifest; the result would differ")
     found = pipeline.weight_hashes()
     roles = sorted(manifest.weights.keys() | found)
     if other := [role for role in roles if manifest.weights.get(role) != found.get(role)]:

@@ -17,7 +17,8 @@ if importlib.util.find_spec("gradio") is None:  # importing it takes seconds, to
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at: this machine only.")
 @click.option("--port", type=click.IntRange(1, 65535), help="[default: the first free one from 7860 on]")
 @click.option("--pipeline", metavar="NAME|DIR|HUB", help="Pipeline to use.  [default: the embedded one]")
-@click.option("--device", metavar="D", help="cpu, cuda, cuda:1 ...  [default: CUDA if there is one]")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a pipeline from the Hub.")
+@click.option("--device", metavar="D", help="cpu, cuda, cuda:1, mps ...  [default: a GPU if there is one]")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--low-vram", is_flag=True, help="Keep on the device only the model that is at work.")
 @click.option("--matting", metavar="NAME", help="Component that removes the background.")
@@ -34,13 +35,13 @@ def app(host: str, port: int | None, no_browser: bool, **given: Any) -> None:
     """
     from diff2to3._locate import locate
 
-    locate(given["pipeline"])  # refuse an unknown one before the work of loading
+    locate(given["pipeline"], given["revision"])  # refuse an unknown one before the work of loading
     click.echo("diff2to3: loading ...", err=True)
     from diff2to3._pipeline import Pipeline
     from diff2to3.app._limits import Limits
     from diff2to3.app._server import serving
 
-    options = {name: given[name] for name in ("device", "dtype", "low_vram", "matting")}
+    options = {name: given[name] for name in ("revision", "device", "dtype", "low_vram", "matting")}
     pipeline = Pipeline.from_pretrained(given["pipeline"], **options)
     limits = Limits(
         upload_megabytes=given["max_upload"],

@@ -219,7 +219,7 @@ def voxelize(
 @click.option("--variants", type=_POSITIVE, default=4, show_default=True, help="Colour variants, the first unchanged.")
 @click.option("--visibility", type=click.Choice(["all", "depth"]), default="depth", show_default=True)
 @click.option("--grid-size", type=_POSITIVE, default=32, show_default=True, help="As given to voxelize.")
-@click.option("--device", default=None, help="Default: CUDA if there is one.")
+@click.option("--device", default=None, help="Default: a GPU if there is one.")
 @click.option("--shard", default="0/1", show_default=True, help="I/N: this process's share of the objects.")
 @click.option("--workers", type=_POSITIVE, show_default="all GPUs", help="Processes of engine ray; local has one.")
 @_ENGINE
@@ -256,7 +256,7 @@ def features(
 @click.option(
     "--vae", type=_ASSETS, required=True, help="Model folder of `diff2to3 train vae`; its statistics are updated."
 )
-@click.option("--device", default=None, help="Default: CUDA if there is one.")
+@click.option("--device", default=None, help="Default: a GPU if there is one.")
 @click.option("--shard", default="0/1", show_default=True, help="I/N: this process's share of the objects.")
 @click.option("--workers", type=_POSITIVE, show_default="all GPUs", help="Processes of engine ray; local has one.")
 @_ENGINE

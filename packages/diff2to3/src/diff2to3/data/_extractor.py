@@ -44,8 +44,7 @@ def open_extractor(choice: ExtractorChoice) -> FeatureExtractor:
     try:
         if source in embedded_names() or (Path(source) / CONFIG_NAME).is_file():
             directory = locate(source)
-            own = read_config(directory).roles[FEATURE_EXTRACTOR.name]
-            extractor: Any = from_directory(FEATURE_EXTRACTOR, own, directory)
+            extractor: Any = from_directory(FEATURE_EXTRACTOR, read_config(directory), directory)[0]
         else:
             consent = choice.accept_licence or ask_on_terminal
             extractor = load_extractor(source, choice.preset, library=choice.library, accept_licence=consent)

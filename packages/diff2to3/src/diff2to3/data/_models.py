@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from sparse_vae import SparseVAE, SparseVAEConfig
 
+from diff2to3._device import usable_device
 from diff2to3._errors import InputError
 from diff2to3._store import state_sha256
 from diff2to3.data._extractor import ExtractorChoice, open_extractor
@@ -21,7 +21,7 @@ def load_lifting(
 ) -> tuple[Lifting, str]:
     """The work of stage ``features``, and the hash of its weights."""
     model: Any = open_extractor(choice)
-    digest, place = str(state_sha256(model)), _device(device)
+    digest, place = str(state_sha256(model)), usable_device(device)
     return Lifting(model.to(place) if hasattr(model, "to") else model, store, settings, grid_size, place), digest
 
 
@@ -33,8 +33,4 @@ def load_encoding(vae: Path, device: str | None, store: Store) -> tuple[Encoding
     except (ValueError, RuntimeError) as error:  # torch reports missing and unexpected weights as RuntimeError
         raise InputError(f"{vae}: {error}") from error
     digest = str(state_sha256(model))
-    return Encoding(model.to(_device(device)).eval(), store), digest
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Encoding(model.to(usable_device(device)).eval(), store), digest

@@ -24,6 +24,7 @@ from jaxtyping import Int
 from sparse_vae import SparseVAE, SparseVAEConfig
 from torch import Tensor, nn
 
+from diff2to3._device import usable_device
 from diff2to3._errors import InputError
 from diff2to3._pipeline import Pipeline
 from diff2to3._pipeline_config import ComponentConfig, PipelineConfig, SamplerConfig
@@ -313,7 +314,7 @@ class _Run:
 
     @cached_property
     def _place(self) -> torch.device:
-        return torch.device(self.config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return usable_device(self.config.device)
 
     def _vae_model(self, folder: Path) -> SparseVAE:
         model = SparseVAE(read_config(folder, SparseVAEConfig))

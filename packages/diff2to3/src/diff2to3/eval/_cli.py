@@ -31,7 +31,7 @@ def _shared(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--output", type=_FILE, help="JSON with all figures; a table (.md) and a page (.html) beside it."),
         click.option("--shown", type=click.IntRange(min=0), default=48, show_default=True, help="Objects on the page."),
         click.option("--lpips", type=click.Path(path_type=Path), help="LPIPS-VGG weights (safetensors)."),
-        click.option("--device", default=None, help="Default: CUDA if there is one."),
+        click.option("--device", default=None, help="Default: a GPU if there is one."),
         click.option("--protocol", "protocol_file", type=_FILE, help="Frozen protocol to follow; written if missing."),
         click.option(
             "--limit",
@@ -245,9 +245,9 @@ def _pairs(weights: tuple[str, ...]) -> dict[str, str]:
 
 
 def _place(device: str | None) -> str:
-    import torch
+    from diff2to3._device import usable_device
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return str(usable_device(device))
 
 
 def _say_rule(store: Store, ids: list[str], embedded: bool) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-import torch
 from flux_features import FluxFeatures, FluxFeaturesConfig
 from sparse_vae import SparseVAE, SparseVAEConfig
 
+from diff2to3._device import usable_device
 from diff2to3._errors import InputError
 from diff2to3._pipeline import Pipeline
-from diff2to3._store import load_weights, locate, weights_path
+from diff2to3._store import ENCODER, load_weights, locate, weights_path
+from diff2to3._store import read_config as read_pipeline_config
 from diff2to3.train._checkpoint import read_config, read_weights
-
-ENCODER = "latent_encoder"  # file stem; generating does not need it, encoding an object does
 
 
 def pipeline_models(source: str | PathLike[str] | None, device: str | None) -> tuple[FluxFeatures, SparseVAE]:
@@ -27,8 +26,8 @@ def pipeline_models(source: str | PathLike[str] | None, device: str | None) -> t
     config, extractor = pipeline.latent_decoder.config, pipeline.feature_extractor
     if not isinstance(config, SparseVAEConfig) or not isinstance(extractor, FluxFeatures):
         raise InputError(f"{source or 'the embedded pipeline'}: expected FLUX features and the 2to3-VAE's own decoder")
-    vae = SparseVAE(config)
-    load_weights(vae.encoder, weights_path(locate(source), ENCODER))
+    vae, directory = SparseVAE(config), locate(source)
+    load_weights(vae.encoder, weights_path(directory, ENCODER), read_pipeline_config(directory))
     vae.decoder.load_state_dict(pipeline.latent_decoder.state_dict())  # type: ignore[attr-defined]
     return extractor, vae.to(pipeline.device).eval()
 
@@ -39,5 +38,5 @@ def trained_models(extractor: Path, vae: Path, device: str | None) -> tuple[Flux
     features.load_state_dict(read_weights(extractor))
     model = SparseVAE(read_config(vae, SparseVAEConfig))
     model.load_state_dict(read_weights(vae))
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = usable_device(device)
     return features.to(place).eval(), model.to(place).eval()
