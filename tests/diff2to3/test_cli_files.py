@@ -95,8 +95,9 @@ def test_view_writes_pages_only(splat, tmp_path):
 
 
 @pytest.fixture
-def small_disk():
+def small_disk(monkeypatch):
     """Files may have 4 kB: for a writer the same as a disk that is full."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be cut off too, and break imports from then on
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     yield

@@ -163,6 +163,7 @@ import torch
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.dont_write_bytecode = True  # it would be cut off too, and break imports from then on
 config = load_config(Path(sys.argv[1]))
 stage = build_stage("structure-vae", config)
 limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
