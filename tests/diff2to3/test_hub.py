@@ -1,12 +1,11 @@
 """Pipelines from and to the Hub, over HTTP with a Hub of our own: no network, the real client."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import hub_server
 import pytest
 from diff2to3 import Pipeline
 from diff2to3._errors import PipelineFormatError
@@ -14,10 +13,6 @@ from diff2to3._locate import locate
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageDraw
-
-spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
-hub_server = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hub_server)
 
 NAME = "somebody/chairs"
 

@@ -1,10 +1,10 @@
 """The ComfyUI nodes of `examples/comfyui`, loaded, checked and run by a stand-in for ComfyUI, with `tiny`."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import comfy_stub as stub
 import gs_render
 import numpy as np
 import pytest
@@ -12,9 +12,6 @@ import torch
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-spec = importlib.util.spec_from_file_location("comfy_stub", Path(__file__).with_name("comfy_stub.py"))
-stub = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stub)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

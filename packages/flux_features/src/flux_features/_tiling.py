@@ -117,8 +117,9 @@ class _PooledNorm:
 
     def __call__(self, norm: nn.GroupNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         maps = inputs[0]
+        wide = torch.float32 if maps.device.type == "mps" else torch.float64  # which MPS has not
         if not self.is_complete:
-            grouped = maps[(..., *self.inside)].double().reshape(len(maps), norm.num_groups, -1)
+            grouped = maps[(..., *self.inside)].to(wide).reshape(len(maps), norm.num_groups, -1)
             self._count += grouped.shape[-1]
             self._sum = self._sum + grouped.sum(-1)
             self._squares = self._squares + grouped.square().sum(-1)
@@ -127,7 +128,7 @@ class _PooledNorm:
         variance = torch.as_tensor(self._squares) / self._count - mean.square()
         factor = (variance.clamp_min(0) + norm.eps).rsqrt()
         each = maps.shape[1] // norm.num_groups
-        weight, bias = norm.weight.double(), norm.bias.double()
+        weight, bias = norm.weight.to(wide), norm.bias.to(wide)
         scale = factor.repeat_interleave(each, 1) * weight
         shift = bias - mean.repeat_interleave(each, 1) * scale
         return (maps.float() * scale.float()[..., None, None] + shift.float()[..., None, None]).to(output.dtype)

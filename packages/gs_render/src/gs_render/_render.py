@@ -64,7 +64,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     name = _preferred.get() if name == "auto" else name
     if name == "auto":
         suited = dtype == torch.float32
-        first = {"cuda": "gsplat", "cpu": "cpu"}.get(device.type, "torch")
+        first = {"cuda": "gsplat", "cpu": "cpu", "mps": "cpu"}.get(device.type, "torch")
         return first if suited and _module(first).is_available() is None else "torch"
     reason = _module(name).is_available()
     if reason is not None:

@@ -72,6 +72,6 @@ def to_rotation_matrix(
     if value.shape != (3, 3):
         raise ValueError(f"rotation: expected a [3, 3] matrix or a [4] quaternion wxyz, got shape {tuple(value.shape)}")
     error = float((value @ value.mT - torch.eye(3, dtype=dtype, device=device)).abs().max().detach())
-    if error > 1e-3 or float(torch.linalg.det(value.detach().double())) < 0:
+    if error > 1e-3 or float(torch.linalg.det(value.detach().cpu().double())) < 0:
         raise ValueError(f"rotation: the matrix is not a proper rotation (R R^T differs from 1 by {error:.2g})")
     return value, matrix_to_quaternion(value)

@@ -64,7 +64,7 @@ def rotate_sh(sh: Float[Tensor, "*n k 3"], rotation: Float[Tensor, "3 3"]) -> Fl
     degree = 1
     while start < sh.shape[-2]:
         stop = start + 2 * degree + 1
-        matrix = _band_rotation(degree, rotation.double()).to(sh)
+        matrix = _band_rotation(degree, rotation.cpu().double()).to(sh)  # MPS has no float64
         bands.append(matrix @ sh[..., start:stop, :])
         start, degree = stop, degree + 1
     return torch.cat(bands, dim=-2)

@@ -14,6 +14,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from diff2to3._device import default_device
 from diff2to3._plugins import Role, registry
 
 #: Top-level modules that a manifest must not import.
@@ -107,7 +108,7 @@ class ComponentContract:
         _assert_equal(self.run(fresh, [1]), self.run(component, [1]), message)
 
     def test_moves_as_a_whole(self, component: Any) -> None:
-        """`to(device)` takes every tensor along; where there is CUDA it also runs there."""
+        """`to(device)` takes every tensor along; where there is a GPU it also runs there."""
         if not isinstance(component, nn.Module):
             pytest.skip("the component is no torch module")
         for path, module in component.named_modules():
@@ -115,9 +116,9 @@ class ComponentContract:
             assert not left, (
                 f"{path or 'it'} holds tensors that to(device) leaves behind: {left}; register them as buffers"
             )
-        if torch.cuda.is_available():
-            _eval(component.to("cuda"))
-            assert all(t.device.type == "cuda" for output in self.run(component, [1]) for t in output)
+        if (gpu := default_device()).type != "cpu":
+            _eval(component.to(gpu))
+            assert all(t.device.type == gpu.type for output in self.run(component, [1]) for t in output)
             component.to("cpu")
 
     def test_manifest_is_light(self, component: Any) -> None:
