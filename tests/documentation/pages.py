@@ -25,6 +25,7 @@ WHY_NOT = {
     "time": "takes longer than a test may",
     "waits": "serves or shows something until it is stopped",
     "source": "printed from the source by .ci/docs.py, which checks that",
+    "program": "needs another program that runs",
     "elsewhere": "run by another test or by .ci/run",
 }
 _BLOCK = re.compile(r"^(?:<!-- not run: (?P<why>[^\n]*) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
