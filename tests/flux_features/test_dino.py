@@ -161,7 +161,7 @@ def test_errors(folder, timm_folder, tmp_path, monkeypatch):
         load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half")
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
         load(tmp_path)
     tensors = load_file(folder / "model.safetensors")
 

@@ -204,7 +204,7 @@ def test_lpips_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file; LPIPS needs the weights of vgg"):
         LPIPS(tmp_path / "x.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
         LPIPS(tmp_path / "bad.safetensors", "alex")
     save_file({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / "part.safetensors")
     with pytest.raises(ValueError, match=r"(?s)not LPIPS alex weights .*lin0\.model\.1\.weight"):

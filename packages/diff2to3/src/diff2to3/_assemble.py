@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from _gs_render_reading import why_missing
 from torch import nn
 
 from diff2to3._errors import ComponentError, PipelineFormatError
+from diff2to3._parameter_limit import TooManyParametersError, no_larger_than
 from diff2to3._pipeline_config import ComponentConfig, PipelineConfig
 from diff2to3._plugins import (
     FEATURE_EXTRACTOR,
@@ -99,14 +102,22 @@ def check_models_fit(structure: Any, backbone: Any, decoder: Any) -> None:
 def from_directory(role: Role[Any], config: PipelineConfig, directory: Path) -> tuple[Any, str | None]:
     """The component of a pipeline directory that plays a role, with its weights, and the SHA-256 of their file."""
     own, sha256 = config.roles[role.name], None
-    component = _build_quietly(role, own)
     path = weights_path(directory, role.name)
+    has_weights = registry().find(role, own.name).spec.weights == "pipeline"
+    try:
+        with no_larger_than(path) if has_weights and path.is_file() else nullcontext():
+            component = _build_quietly(role, own)
+    except ComponentError as error:
+        if isinstance(error.__cause__, TooManyParametersError):
+            raise error.__cause__ from None
+        raise
     if path.is_file():
         if not isinstance(component, nn.Module):
             raise PipelineFormatError(f"{path}: the {role.name} {own.name!r} takes no weights")
         sha256 = load_weights(component, path, config)
     elif _needs_weights(role, own.name, component):
-        raise PipelineFormatError(f"{path}: no such file; the {role.name} {own.name!r} needs its weights")
+        reason = why_missing(path) or f"{path}: no such file"
+        raise PipelineFormatError(f"{reason}; the {role.name} {own.name!r} needs its weights")
     return component, sha256
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from _gs_render_reading import read_json
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diff2to3._errors import InputError
@@ -77,13 +77,13 @@ def read_manifest(path: Path) -> Manifest:
         InputError: missing, not JSON, or not a manifest.
     """
     try:
-        return Manifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as a manifest: {' '.join(str(error).split())}") from error
+        return Manifest.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise InputError(f"{path} is not a manifest of 'diff2to3 generate': {where}: {first['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a manifest: {' '.join(str(error).split())}") from error
 
 
 def describe(asset: Asset, pipeline: Pipeline) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _gs_render_reading import read_json, why_unreadable
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,7 +35,7 @@ def read_config(directory: Path) -> PipelineConfig:
     """
     path = directory / CONFIG_NAME
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = read_json(path)
         if isinstance(contents, dict) and contents.get("name") == "TrellisImageTo3DPipeline" and "args" in contents:
             raise PipelineFormatError(
                 f"{path} is TRELLIS's own: 'diff2to3 import-trellis {directory} DST' makes ours of it"
@@ -42,11 +43,13 @@ def read_config(directory: Path) -> PipelineConfig:
         return PipelineConfig.model_validate(contents)
     except FileNotFoundError as error:
         raise PipelineFormatError(f"{directory} is not a pipeline: it has no {CONFIG_NAME}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise PipelineFormatError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors())
         raise PipelineFormatError(f"{path}: {problems}") from error
+    except PipelineFormatError:
+        raise
+    except (OSError, ValueError) as error:
+        raise PipelineFormatError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error
 
 
 def weights_path(directory: Path, role: str) -> Path:
@@ -80,8 +83,7 @@ def load_weights(module: nn.Module, path: Path, config: PipelineConfig) -> str:
     except FileNotFoundError as error:
         raise PipelineFormatError(f"{path}: no such file; the pipeline lacks these weights") from error
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise PipelineFormatError(f"{path} is damaged or truncated, not a whole safetensors file: {reason}") from error
+        raise PipelineFormatError(why_unreadable(path, error)) from error
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             wanted = list(expected[name].shape)

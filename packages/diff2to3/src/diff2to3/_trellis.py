@@ -14,6 +14,7 @@ from typing import Any
 import smdit
 import sparse_vae
 import torch
+from _gs_render_reading import read_json
 from flux_features import DinoFeatures, DinoFeaturesConfig
 from pydantic import ValidationError
 from smdit import CrossDiT, SamplerConfig, StructureDiT, StructureFlow, StructureFlowConfig
@@ -24,6 +25,7 @@ from diff2to3._assemble import check_models_fit
 from diff2to3._atomic import new_folder, writing
 from diff2to3._errors import InputError
 from diff2to3._locate import CONFIG_NAME, file_sha256, is_hub_id
+from diff2to3._parameter_limit import no_larger_than
 from diff2to3._pipeline_config import ComponentConfig, PipelineConfig
 from diff2to3._store import save_pipeline, weights_path
 from diff2to3._trellis_file import DINO, LEFT_OUT, MODELS, SAMPLERS, Arguments, Sampler, read_description, reason
@@ -124,7 +126,7 @@ def _checkpoints(source: Path, models: dict[str, str]) -> dict[str, tuple[str, s
 def _load(name: str, path: Path, loaded: dict[str, Any]) -> nn.Module:
     try:
         # Fresh layers draw from the global generator, which must stay as it was.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), no_larger_than(path.with_suffix(".safetensors")):
             if name.endswith("flow_model"):
                 model: nn.Module = smdit.load_trellis(path)
             else:
@@ -211,5 +213,5 @@ def _condition(name: str, dino: str | None) -> tuple[DinoFeaturesConfig, int | N
         return config, width if dino == hub else None, missing
     if missing is not None:
         raise InputError(f"--dino: {missing}")
-    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stated = read_json(folder / "config.json")
     return config, stated.get("hidden_size"), None

@@ -5,10 +5,10 @@ Source: github.com/microsoft/TRELLIS, ``trellis/pipelines/trellis_image_to_3d.py
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
+from _gs_render_reading import read_json
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
 from diff2to3._errors import InputError
@@ -89,10 +89,10 @@ def read_description(source: Path) -> TrellisPipeline:
     if not path.is_file():
         raise InputError(f"{source} has no {CONFIG_NAME}; {expected}")
     try:
-        described = TrellisPipeline.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        described = TrellisPipeline.model_validate(read_json(path))
     except ValidationError as error:
         raise InputError(f"{path} is not TRELLIS's of an image-to-3D pipeline: {reason(error)}; {expected}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {reason(error)}; {expected}") from error
     names = described.args.models.keys()
     if lacking := sorted(set(MODELS) - names):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Blocks = Annotated[int, Field(ge=0, le=1024)]
 
 
 class FluxFeaturesConfig(BaseModel):
@@ -30,12 +32,12 @@ class FluxFeaturesConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: Literal["tiny", "kl", "kl2"] = "tiny"
-    latent_channels: int = Field(default=16, ge=1)
-    image_size: int = Field(default=256, ge=16, multiple_of=16)
+    latent_channels: int = Field(default=16, ge=1, le=1 << 16)
+    image_size: int = Field(default=256, ge=16, le=4096, multiple_of=16)
     shift: float = Field(default=0.0, allow_inf_nan=False)
     scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    encoder_blocks: tuple[int, ...] = (1, 1, 1, 2)
-    decoder_blocks: tuple[int, ...] = (1, 1, 1, 1)
+    encoder_blocks: tuple[Blocks, ...] = (1, 1, 1, 2)
+    decoder_blocks: tuple[Blocks, ...] = (1, 1, 1, 1)
     normalised_blocks: bool = False
     block_channels: tuple[int, ...] = (128, 256, 512, 512)
     channel_mean: tuple[float, ...] | None = None
@@ -55,9 +57,9 @@ class FluxFeaturesConfig(BaseModel):
         for name in ("encoder_blocks", "decoder_blocks", "block_channels"):
             if len(getattr(self, name)) != 4:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected 4 entries, the feature map is at 1/8")
-        if any(width < 32 or width % 32 for width in self.block_channels):
+        if any(not 32 <= width <= 1 << 16 or width % 32 for width in self.block_channels):
             raise ValueError(
-                f"block_channels = {self.block_channels}: expected multiples of 32, the groups of the norms"
+                f"block_channels = {self.block_channels}: expected multiples of 32, the norms' groups, up to 65536"
             )
         return self
 

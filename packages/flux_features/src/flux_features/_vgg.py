@@ -25,7 +25,7 @@ class VGGFeaturesConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Path
-    image_size: int = Field(default=256, ge=16, multiple_of=16)
+    image_size: int = Field(default=256, ge=16, le=4096, multiple_of=16)
 
 
 class VGGFeatures(nn.Module):

@@ -10,13 +10,14 @@ Layouts read here, told apart by the names of the tensors:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from _flux_features_weights import PUBLISHED
+from _gs_render_reading import read_json as bounded_json
+from _gs_render_reading import why_missing, why_unreadable
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -92,6 +93,9 @@ def find_files(source: str | Path) -> tuple[list[Path], Path | None]:
         return _with_sibling(encoders[0]), None
     if encoders:
         raise ValueError(f"{path}: has several encoders ({', '.join(e.name for e in encoders)}); name one of the files")
+    for name in ("vae/" + _DIFFUSERS_FILE, _DIFFUSERS_FILE, OWN_FILE, "ae.safetensors"):
+        if reason := why_missing(path / name):
+            raise ValueError(reason)
     raise FileNotFoundError(
         f"{path}: has no weights: neither {_DIFFUSERS_FILE} (here or in vae/) nor {OWN_FILE} nor ae.safetensors nor a "
         "pair *_encoder.safetensors and *_decoder.safetensors"
@@ -156,7 +160,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: it cannot be read, or holds something else.
     """
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
+        stated = bounded_json(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: not a JSON file ({error})") from error
     if not isinstance(stated, dict):
@@ -223,7 +227,7 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
         try:
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+            raise ValueError(why_unreadable(file, error)) from error
         half = re.search(r"_(encoder|decoder)$", file.stem) if len(files) > 1 else None
         found |= {f"{half[1]}.{name}": value for name, value in tensors.items()} if half else tensors
     return found

@@ -117,15 +117,17 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def _load(self, weights: str | Path, backbone: str) -> None:
+        from _gs_render_reading import why_missing, why_unreadable
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if not Path(weights).is_file():
-            raise FileNotFoundError(f"{weights}: no such file; LPIPS needs the weights of {backbone}")
+            reason = why_missing(Path(weights)) or f"{weights}: no such file"
+            raise FileNotFoundError(f"{reason}; LPIPS needs the weights of {backbone}")
         try:
             self.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
         except SafetensorError as error:
-            raise ValueError(f"{weights}: not a readable safetensors file ({error})") from error
+            raise ValueError(why_unreadable(Path(weights), error)) from error
         except RuntimeError as error:
             raise ValueError(f"{weights}: not LPIPS {backbone} weights ({error})") from error
 

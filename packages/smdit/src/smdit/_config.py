@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from sparse_vae import StructureVAEConfig
 
 PresetName = Literal["tiny", "small", "paper"]
 
 
+# What a config from elsewhere may ask for, as in sparse_vae: far beyond any model that trains.
+Count = Annotated[int, Field(gt=0, le=1 << 16)]
+Blocks = Annotated[int, Field(gt=0, le=1024)]
+GridSize = Annotated[int, Field(gt=0, le=512)]
+Ratio = Annotated[float, Field(gt=0, le=64)]
+Levels = Annotated[tuple[Count, ...], Field(max_length=8)]
+
+
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _choose(presets: dict[str, dict[str, Any]], name: str, owner: str) -> dict[str, Any]:
@@ -23,7 +31,7 @@ def _choose(presets: dict[str, dict[str, Any]], name: str, owner: str) -> dict[s
 class RotaryConfig(_Config):
     """Options of `marope.MARoPE` other than head dimension and grid size; the defaults are the paper's placement."""
 
-    axes_dim: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    axes_dim: tuple[Count, Count, Count] | None = None
     theta: PositiveFloat | tuple[PositiveFloat, PositiveFloat, PositiveFloat] = 10000.0
     plane_axis: str = "z"
     orientation: tuple[str, str] = ("+x", "+y")
@@ -62,17 +70,17 @@ class SMDiTConfig(_Config):
     """
 
     kind: Literal["smdit"] = "smdit"
-    latent_channels: PositiveInt = 8
-    condition_channels: PositiveInt = 64
-    grid_size: PositiveInt
-    width: PositiveInt
-    num_heads: PositiveInt
-    head_dim: PositiveInt = 64
-    num_double_blocks: int = Field(ge=0)
-    num_single_blocks: PositiveInt
-    mlp_ratio: PositiveFloat = 4.0
-    io_channels: tuple[PositiveInt, ...] = ()
-    num_io_blocks: PositiveInt = 2
+    latent_channels: Count = 8
+    condition_channels: Count = 64
+    grid_size: GridSize
+    width: Count
+    num_heads: Count
+    head_dim: Count = 64
+    num_double_blocks: int = Field(ge=0, le=1024)
+    num_single_blocks: Blocks
+    mlp_ratio: Ratio = 4.0
+    io_channels: Levels = ()
+    num_io_blocks: Blocks = 2
     io_pooling: Literal["conv", "mean"] = "conv"
     qk_norm: bool = True
     position: Literal["marope", "absolute"] = "marope"
@@ -129,15 +137,15 @@ class CrossDiTConfig(_Config):
     """
 
     kind: Literal["cross-dit"] = "cross-dit"
-    latent_channels: PositiveInt = 8
-    condition_channels: PositiveInt = 1024
-    grid_size: PositiveInt
-    width: PositiveInt
-    num_heads: PositiveInt
-    num_blocks: PositiveInt
-    mlp_ratio: PositiveFloat = 4.0
-    io_channels: tuple[PositiveInt, ...] = ()
-    num_io_blocks: PositiveInt = 2
+    latent_channels: Count = 8
+    condition_channels: Count = 1024
+    grid_size: GridSize
+    width: Count
+    num_heads: Count
+    num_blocks: Blocks
+    mlp_ratio: Ratio = 4.0
+    io_channels: Levels = ()
+    num_io_blocks: Blocks = 2
     io_pooling: Literal["trellis", "mean"] = "trellis"
     use_skip: bool = True
     qk_norm: bool = True
@@ -184,15 +192,15 @@ class StructureDiTConfig(_Config):
     """
 
     kind: Literal["structure-dit"] = "structure-dit"
-    latent_channels: PositiveInt = 8
-    out_channels: PositiveInt | None = None
-    condition_channels: PositiveInt = 1024
-    grid_size: PositiveInt
-    width: PositiveInt
-    num_heads: PositiveInt
-    num_blocks: PositiveInt
-    mlp_ratio: PositiveFloat = 4.0
-    patch_size: PositiveInt = 1
+    latent_channels: Count = 8
+    out_channels: Count | None = None
+    condition_channels: Count = 1024
+    grid_size: GridSize
+    width: Count
+    num_heads: Count
+    num_blocks: Blocks
+    mlp_ratio: Ratio = 4.0
+    patch_size: Count = 1
     qk_norm: bool = True
     qk_norm_cross: bool = False
     condition_position: Literal["none", "absolute"] = "none"
@@ -203,6 +211,11 @@ class StructureDiTConfig(_Config):
         _check_heads(self.width, self.num_heads)
         if self.grid_size % self.patch_size:
             raise ValueError(f"grid_size={self.grid_size} is not a multiple of patch_size={self.patch_size}")
+        if (self.grid_size // self.patch_size) ** 3 * self.width > 1 << 28:  # 64 times the paper's
+            raise ValueError(
+                f"grid_size={self.grid_size} and width={self.width} ask for a position table of more than 1 GB; "
+                "raise patch_size"
+            )
         return self
 
     @classmethod
@@ -228,7 +241,7 @@ class SamplerConfig(_Config):
     """Defaults of a sampling run; fields as in `smdit.EulerSampler`, `method` chooses the solver."""
 
     method: Literal["euler", "heun", "multistep"] = "euler"
-    steps: PositiveInt = 25
+    steps: Annotated[int, Field(gt=0, le=100_000)] = 25
     guidance: float = 5.0
     interval: tuple[float, float] = (0.0, 1.0)
     shift: PositiveFloat = 1.0

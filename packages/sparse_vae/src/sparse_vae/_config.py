@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 Statistics = tuple[float, ...] | None
 PresetName = Literal["tiny", "small", "paper"]
 
 
+# A config may come from elsewhere: what it counts is bounded far beyond any model that trains, before it is built.
+Count = Annotated[int, Field(gt=0, le=1 << 16)]  # channels, heads, Gaussians of a voxel
+Blocks = Annotated[int, Field(gt=0, le=1024)]
+GridSize = Annotated[int, Field(gt=0, le=512)]  # voxels along an axis; dense noise on 512^3 x 8 takes 4 GB
+Ratio = Annotated[float, Field(gt=0, le=64)]
+
+
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class GaussianConfig(_Config):
@@ -32,7 +39,7 @@ class GaussianConfig(_Config):
         filter_2d: screen-space low-pass filter, in squared pixels, that the renderer must use with these Gaussians.
     """
 
-    num_gaussians: PositiveInt = 32
+    num_gaussians: Count = 32
     offset_range: PositiveFloat = 1.5
     perturb_offset: bool = True
     scale_bias: PositiveFloat = 0.004
@@ -76,14 +83,14 @@ class SparseVAEConfig(_Config):
             measured, and then latents count as normalised.
     """
 
-    grid_size: PositiveInt = 64
-    in_channels: PositiveInt = 16
-    latent_channels: PositiveInt = 8
-    width: PositiveInt = 768
-    num_blocks: PositiveInt = 12
-    num_heads: PositiveInt = 12
-    mlp_ratio: PositiveFloat = 4.0
-    window_size: PositiveInt | None = 8
+    grid_size: GridSize = 64
+    in_channels: Count = 16
+    latent_channels: Count = 8
+    width: Count = 768
+    num_blocks: Blocks = 12
+    num_heads: Count = 12
+    mlp_ratio: Ratio = 4.0
+    window_size: Count | None = 8
     qk_norm: bool = False
     gaussians: GaussianConfig = GaussianConfig()
     gradient_checkpointing: bool = False
@@ -167,12 +174,12 @@ class StructureVAEConfig(_Config):
             count as normalised.
     """
 
-    grid_size: PositiveInt = 64
-    latent_channels: PositiveInt = 8
-    encoder_channels: tuple[PositiveInt, ...] = Field(default=(32, 128, 512), min_length=1)
-    decoder_channels: tuple[PositiveInt, ...] = Field(default=(512, 128, 32), min_length=1)
-    num_res_blocks: PositiveInt = 2
-    num_middle_blocks: PositiveInt = 2
+    grid_size: GridSize = 64
+    latent_channels: Count = 8
+    encoder_channels: tuple[Count, ...] = Field(default=(32, 128, 512), min_length=1, max_length=8)
+    decoder_channels: tuple[Count, ...] = Field(default=(512, 128, 32), min_length=1, max_length=8)
+    num_res_blocks: Blocks = 2
+    num_middle_blocks: Blocks = 2
     norm: Literal["layer", "group"] = "layer"
     threshold: float = 0.0
     gradient_checkpointing: bool = False

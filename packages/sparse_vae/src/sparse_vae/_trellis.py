@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _gs_render_reading import PICKLES, read_json, why_missing, why_unreadable
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,9 +42,6 @@ _DECODER_KEYS = (*_STRUCTURE_KEYS, (r"blocks\.(\d+)\.conv\.(weight|bias)", r"lev
 
 # Arguments that do not change what a model computes in the precision chosen here.
 _IGNORED = {"use_fp16", "use_checkpoint", "pe_mode"}
-
-_PICKLES = (".pt", ".pth", ".ckpt", ".bin")
-_WHY_NO_PICKLE = "is a pickle, which can run any program when it is read: only safetensors files are"
 
 
 def load_trellis(path: str | os.PathLike[str], grid_size: int = 64) -> TrellisModel:
@@ -95,15 +92,15 @@ def trellis_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
         ValueError: the weights are there as a pickle only.
     """
     stem = Path(path)
-    if stem.suffix in (".json", ".safetensors", *_PICKLES):
+    if stem.suffix in (".json", ".safetensors", *PICKLES):
         stem = stem.with_suffix("")
     files = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.safetensors")
     for file in files:
-        pickled = [other for suffix in _PICKLES if (other := file.with_suffix(suffix)).is_file()]
-        if file.suffix == ".safetensors" and pickled and not file.is_file():
-            raise ValueError(f"{pickled[0]} {_WHY_NO_PICKLE}")
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: a TRELLIS checkpoint is a .json and a .safetensors file")
+        if file.is_file():
+            continue
+        if file.suffix == ".safetensors" and (reason := why_missing(file)):
+            raise ValueError(reason)
+        raise FileNotFoundError(f"{file} is missing: a TRELLIS checkpoint is a .json and a .safetensors file")
     return files
 
 
@@ -122,19 +119,15 @@ def read_trellis(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     """
     config_file, weights_file = trellis_files(path)
     try:
-        description = json.loads(config_file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        description = read_json(config_file)
+    except ValueError as error:
         raise ValueError(f"{config_file} cannot be read as JSON: {error}") from error
     if not isinstance(description, dict) or not isinstance(description.get("args"), dict) or "name" not in description:
         raise ValueError(f"{config_file} does not describe a model of TRELLIS: expected {{name, args}}")
     try:
         return description, load_file(weights_file)
     except SafetensorError as error:
-        with weights_file.open("rb") as file:
-            start = file.read(2)
-        if start == b"PK" or start[:1] == b"\x80":  # a zip as torch.save writes it, or a bare pickle
-            raise ValueError(f"{weights_file} {_WHY_NO_PICKLE}") from error
-        raise ValueError(f"{weights_file} is damaged or truncated, not a whole safetensors file: {error}") from error
+        raise ValueError(why_unreadable(weights_file, error)) from error
 
 
 def from_trellis_config(description: Mapping[str, Any], grid_size: int = 64) -> TrellisModel:

@@ -17,11 +17,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from _gs_render_reading import read_json
+
 from diff2to3._errors import InputError
 from diff2to3._progress import track
 from diff2to3.data._store import Store, file_metadata, settings_hash, tensors_hash, tool_versions, write_atomically
 
 INDEX = "index.json"
+MAX_INDEX_BYTES = 256 << 20  # with a reason for each of a million objects that are left out
 STAGES = ("render", "voxels", "features", "latents")
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -144,7 +147,7 @@ def _plan(samples: list[_Sample], shard_bytes: int) -> Iterator[_Shard]:
 def _entries(out: Path) -> dict[str, dict[str, Any]]:
     """Shards by name in the index of an earlier run, whether it ended or not."""
     try:
-        entries = json.loads((out / INDEX).read_text())["shards"]
+        entries = read_json(out / INDEX, MAX_INDEX_BYTES)["shards"]
         return {entry["name"]: entry for entry in entries if Path(entry["name"]).name == entry["name"]}
     except FileNotFoundError:
         return {}

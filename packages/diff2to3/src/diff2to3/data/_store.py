@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _gs_render_reading import read_json
 from PIL import Image
 
 from diff2to3._errors import InputError
@@ -146,7 +147,7 @@ class Store:
         """
         path = self.root / stage / "manifest.json"
         try:
-            return dict(json.loads(path.read_text()))
+            return dict(read_json(path, most=256 << 20))  # a line for each object that failed
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{path}: expected the manifest of a finished run ({error}); run `diff2to3 data` for stage {stage!r}"

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TypeVar
 
+from _gs_render_reading import read_json, why_missing, why_unreadable
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,7 +32,7 @@ def read_config(folder: Path, config_class: type[C]) -> C:
         ValueError: missing or invalid ``config.json``.
     """
     try:
-        return config_class.model_validate_json((folder / "config.json").read_text())
+        return config_class.model_validate(read_json(folder / "config.json"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no usable config.json for {config_class.__name__} ({error})") from error
 
@@ -42,10 +43,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: missing or broken ``model.safetensors``.
     """
+    path = folder / "model.safetensors"
     try:
-        return load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no usable model.safetensors ({error})") from error
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(why_unreadable(path, error)) from error
+    except OSError as error:
+        raise ValueError(why_missing(path) or f"{folder}: no usable model.safetensors ({error})") from error
 
 
 def _replace(fresh: Path, folder: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _gs_render_reading import read_json
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
@@ -31,6 +32,8 @@ from diff2to3.train._parallel import local, split_like, whole
 Optimizers = Sequence[torch.optim.Optimizer]
 FORMAT = 2
 _META = "state.json"
+_MAX_META_BYTES = 64 << 20  # optimizers may keep a number for every parameter in it
+_FILES = {f"{name}.safetensors" for name in ("model", "average", "optimizer", "clip")}
 _CHUNK = 1 << 24
 
 
@@ -100,7 +103,7 @@ class Checkpoints:
         if step is None:
             return None
         folder = self.folder / f"{step:08d}"
-        meta = json.loads((folder / _META).read_text())
+        meta = read_json(folder / _META, _MAX_META_BYTES)
         _fill(folder / "model.safetensors", learning.state())
         learning.give_weights()
         _fill(folder / "average.safetensors", average.values, average.parameters)
@@ -170,9 +173,12 @@ def verify(folder: Path) -> None:
         DamagedCheckpointError: what is missing or differs.
     """
     try:
-        meta = json.loads((folder / _META).read_text())
+        meta = read_json(folder / _META, _MAX_META_BYTES)
         if meta["format"] != FORMAT:
             raise DamagedCheckpointError(f"{folder} has format {meta['format']}, expected {FORMAT}")
+        [meta[key] for key in ("step", "average", "clip", "scalars")]
+        if names := sorted(meta["files"].keys() ^ _FILES):
+            raise DamagedCheckpointError(f"{folder / _META} lists other files than expected: {', '.join(names)[:200]}")
         for name, written in meta["files"].items():
             if (size := (folder / name).stat().st_size) != written["bytes"]:
                 raise DamagedCheckpointError(f"{folder / name} has {size} bytes, expected {written['bytes']}")
