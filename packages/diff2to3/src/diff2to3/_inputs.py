@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,6 +21,10 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Te
 
 #: Pictures with more pixels are refused before they are decoded: they cost gigabytes and add nothing.
 MAX_PIXELS = 64_000_000
+#: Formats that Pillow decodes itself. It would hand others, such as EPS, to a program of their own.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "TGA", "JPEG2000", "PPM", "ICO", "DDS", "PCX")
+# by which Pillow's parsers report damaged data
+_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError, struct.error)
 
 
 def read_image(source: ImageSource) -> Image.Image:
@@ -53,8 +59,10 @@ def _open(path: Path) -> Image.Image:
             raise ImageInputError(f"{path} is empty (0 bytes); expected a picture")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 return _decode(image, str(path))
+    except ImageInputError:
+        raise
     except UnidentifiedImageError as error:
         raise ImageInputError(
             f"{path} is not a picture that can be read; expected PNG, JPEG, WebP or similar"
@@ -63,6 +71,15 @@ def _open(path: Path) -> Image.Image:
         raise ImageInputError(f"{path} is too large; expected at most {MAX_PIXELS:,} pixels") from error
     except PermissionError as error:
         raise ImageInputError(f"{path} cannot be read: permission denied") from error
+    except _DAMAGE as error:  # in the header, or in a block of text or a colour profile that unpacks to too much
+        raise ImageInputError(f"{path} is damaged or truncated: {' '.join(str(error).split())}") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow can read."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _decode(image: Image.Image, label: str) -> Image.Image:
@@ -81,8 +98,7 @@ def _decode(image: Image.Image, label: str) -> Image.Image:
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
     except ImageInputError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError) as error:
-        # the errors by which Pillow's decoders report damaged data
+    except _DAMAGE as error:
         raise ImageInputError(f"{label} is damaged or truncated: {' '.join(str(error).split())}") from error
 
 

@@ -10,6 +10,11 @@ from pydantic import BaseModel, ValidationError
 
 from diff2to3._errors import InputError
 
+# What no settings need; a file from elsewhere may have it.
+_MAX_BYTES = 1 << 20
+_MAX_DEPTH = 32
+_MAX_VALUES = 20_000
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -20,7 +25,7 @@ def load_settings(path: Path, overrides: Sequence[str], model: type[Settings]) -
         InputError: not YAML, an unknown key, or a value of the wrong type.
     """
     try:
-        values = _parse(path.read_text())
+        values = _parse(_text(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
     values = {} if values is None else values
@@ -42,7 +47,9 @@ def load_settings(path: Path, overrides: Sequence[str], model: type[Settings]) -
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()
+        )
         raise InputError(f"{path}: {problems}") from error
 
 
@@ -51,6 +58,35 @@ def _parse(text: str) -> Any:
     import yaml  # not at the top: it comes with the extras that read such files
 
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+    # An alias stands for what it names: some lines of them can stand for more than memory holds, or for themselves.
+    level, count = [value], 0
+    for _ in range(_MAX_DEPTH):
+        level = [child for parent in level for child in _children(parent)]
+        count += len(level)
+        if not level:
+            return value
+        if count > _MAX_VALUES:
+            break
+    raise ValueError(f"more than {_MAX_VALUES:,} values, or nested deeper than {_MAX_DEPTH} levels")
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"more than {_MAX_BYTES:,} bytes")
+    return data.decode("utf-8")
+
+
+def _children(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -33,6 +33,7 @@ MINIMUMS = {  # of the texture filter
     "colors": 32,  # distinct ones on the surface at 4 bits a channel: palettes and plain colours stay below
     "color_spread": 8,  # standard deviation of colour on the surface, in steps of 1/255
 }
+_MAX_METADATA = 1 << 30  # of a metadata file, unpacked; the largest of objaverse has some 50 MB
 _SAMPLES = 20_000  # points on the surface
 _MESH = "|".join(suffix[1:] for suffix in MESH_SUFFIXES)
 
@@ -161,7 +162,11 @@ def _sketchfab_licences(folder: Path) -> dict[str, str]:
     """Licence by row id, from the metadata files that the objaverse package keeps, where they were downloaded."""
     licences = {}
     for file in sorted(folder.glob("**/hf-objaverse-v1/metadata/*.json.gz")):
-        for uid, entry in json.loads(gzip.decompress(file.read_bytes())).items():
+        with gzip.open(file) as unpacked:
+            data = unpacked.read(_MAX_METADATA + 1)
+        if len(data) > _MAX_METADATA:
+            raise InputError(f"{file} unpacks to more than {_MAX_METADATA:,} bytes; expected the metadata of objaverse")
+        for uid, entry in json.loads(data).items():
             short = str(entry.get("license", "")).lower()
             if short:
                 licences[f"sketchfab/{uid}"] = f"CC-{short.upper()}-4.0" if short.startswith("by") else short

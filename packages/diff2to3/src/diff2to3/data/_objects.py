@@ -5,6 +5,7 @@ The order is that of the shards, random but fixed, so that both give the same ob
 
 from __future__ import annotations
 
+import re
 import tarfile
 from functools import cache
 from itertools import accumulate
@@ -19,6 +20,8 @@ from diff2to3._errors import InputError
 from diff2to3.data._shards import INDEX, MAX_INDEX_BYTES, shard_order
 from diff2to3.data._store import Store
 from diff2to3.data._tensor_file import DamagedFileError, TensorFile
+
+_COUNTS = ("objects", "bytes")
 
 
 class Objects(Protocol):
@@ -138,12 +141,13 @@ class ShardObjects:
 def _read_index(root: Path) -> dict[str, Any]:
     try:
         index = read_json(root / INDEX, MAX_INDEX_BYTES)
-        [(entry["name"], entry["split"], int(entry["objects"]), int(entry["bytes"])) for entry in index["shards"]]
-        dict(index["stages"])
+        if not all(type(entry[key]) is int and entry[key] >= 0 for entry in index["shards"] for key in _COUNTS):
+            raise ValueError("a count is no whole number")
+        [entry["split"] for entry in index["shards"]], dict(index["stages"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{root / INDEX} is not an index of shards ({error!r}); pack the data set again") from error
-    if foreign := [e["name"] for e in index["shards"] if Path(e["name"]).name != e["name"] or e["objects"] < 0]:
-        raise InputError(f"{root / INDEX} names {foreign[0]!r}, which is no shard in its folder")
+    if foreign := [name for entry in index["shards"] if not re.fullmatch(r"[\w-]+\.tar", name := str(entry["name"]))]:
+        raise InputError(f"{root / INDEX} names {foreign[0][:100]!r}, which is no shard in its folder")
     if not index.get("complete"):
         raise InputError(f"{root}: packing has not ended; run `diff2to3 data pack` again")
     return dict(index)

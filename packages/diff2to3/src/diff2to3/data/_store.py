@@ -62,8 +62,14 @@ class Store:
             raise InputError(
                 f"{self.root} is not a data set: {table.name} is missing; start with `diff2to3 data render`"
             )
-        with table.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if split is None or row["split"] == split]
+        try:
+            with table.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{table} is no CSV table: {error}") from error
+        if any(row.get(column) is None for row in rows for column in ("id", "split")):
+            raise InputError(f"{table} has a row without id or split; expected both columns in every row")
+        return [row for row in rows if split is None or row["split"] == split]
 
     def read(self, stage: str, object_id: str) -> dict[str, np.ndarray]:
         """The tensors of an object.
@@ -172,7 +178,10 @@ def tool_versions() -> dict[str, str]:
 
 def _given(header: Mapping[str, str]) -> dict[str, Any]:
     """A stage's settings from a file's metadata; empty for a file from before they were kept."""
-    return dict(json.loads(header.get("given", "{}")))
+    try:
+        return dict(json.loads(header.get("given", "{}")))
+    except (ValueError, TypeError, RecursionError):  # damaged: as if it did not say
+        return {}
 
 
 def tensors_hash(payload: bytes | memoryview) -> str:
@@ -215,9 +224,10 @@ def file_metadata(path: Path) -> dict[str, str]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, 100_000_000)))  # the format allows no longer one
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return dict(header.get("__metadata__", {})) if isinstance(header, dict) else {}
+    stated = header.get("__metadata__") if isinstance(header, dict) else None
+    return {str(k): str(v) for k, v in stated.items()} if isinstance(stated, dict) else {}
 
 
 def encode_pngs(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

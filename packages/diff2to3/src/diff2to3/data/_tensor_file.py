@@ -90,9 +90,9 @@ class TensorFile:
         header = self._header
         try:
             stated = header[key]
-            dtype, (first, last) = np.dtype(_TYPES[stated["dtype"]]), stated["data_offsets"]
+            dtype, (first, last) = np.dtype(_TYPES[stated["dtype"]]), map(int, stated["data_offsets"])
             shape = tuple(map(int, stated["shape"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise self._damaged(f"it has no usable tensor {key!r}") from error
         if min((*shape, first), default=0) < 0 or last - first != prod(shape) * dtype.itemsize:
             raise self._damaged(f"its header contradicts itself about {key!r}")
