@@ -118,6 +118,36 @@ def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
     torch.testing.assert_close(network(pictures), expected.float())
 
 
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["vgg", "inception", "dinov2", "clip"])
+def test_a_pickle_is_not_run(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    folder, trace = tmp_path / "weights", tmp_path / "ran"
+    folder.mkdir()
+    if name in ("vgg", "inception"):
+        source = folder / {"vgg": "a.safetensors", "inception": "a.pth"}[name]
+        torch.save({"a": Bomb(trace)}, source)
+    else:
+        source = folder
+        kind = {"dinov2": transformers.Dinov2Config, "clip": transformers.CLIPVisionConfig}[name]
+        kind(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(folder)
+        torch.save({"a": Bomb(trace)}, folder / "pytorch_model.bin")
+    reason = "Weights only load failed" if name == "inception" else "is a pickle, which can run any program"
+    with pytest.raises(InputError, match=reason) as error:
+        open_networks({name: source})
+    assert "\n" not in str(error.value)
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize("name", ["vgg", "inception", "dinov2", "clip"])
 def test_missing_weights_are_one_line(tmp_path, name):
     with pytest.raises(InputError, match=rf"^{name} weights .*nothing.*expected ") as error:

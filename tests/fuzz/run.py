@@ -17,20 +17,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import multiprocessing
 import os
 import platform
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -189,56 +189,57 @@ def limit_memory(gigabytes: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def child(options: argparse.Namespace) -> None:
-    """Fuzzes one target in this process and prints the outcome as JSON."""
-    if options.engine == "atheris":
-        import atheris
+def fuzz(target: Any, options: argparse.Namespace, seconds: float | None) -> Outcome:
+    """Fuzzes a target in a process of its own, a fork: what is imported already costs it nothing."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "cases"
 
-        with atheris.instrument_imports(include=list(PACKAGES), enable_loader_override=False):
-            from targets import TARGETS
-    else:
+        def work() -> None:
+            fuzzer = Fuzzer(target, folder, options.keep)
+            limit_memory(target.gigabytes)
+            sender.send(fuzzer.run(options.count, seconds, options.seed))
+
+        process = context.Process(target=work)
+        process.start()
+        sender.close()
+        try:
+            return receiver.recv()
+        except EOFError:  # it ended before it could tell
+            process.join()
+            shutil.copytree(folder, options.keep / f"{target.name}-ended", dirs_exist_ok=True, symlinks=True)
+            reason = "its last input is kept"
+            return Outcome(target.name, crashed=1, crashes={f"process ended with {process.exitcode}": reason})
+        finally:
+            process.join()
+
+
+def fuzz_by_coverage(name: str, options: argparse.Namespace) -> None:
+    """Fuzzes a target's first file with atheris in this process, and ends it."""
+    import atheris
+
+    with atheris.instrument_imports(include=list(PACKAGES)):
         from targets import TARGETS
-    import torch
-
-    torch.set_num_threads(1)
-    target = TARGETS[options.child]
-    fuzzer = Fuzzer(target, Path(options.folder), options.keep)
+    target, folder, start = TARGETS[name], Path(tempfile.mkdtemp()), time.perf_counter()
+    fuzzer, corpus = Fuzzer(target, folder / "cases", options.keep), folder / "corpus"
     limit_memory(target.gigabytes)
-    if options.engine == "mutation":
-        print(json.dumps(asdict(fuzzer.run(options.count, options.seconds, options.seed))))
-        return
-    start, corpus, case = time.perf_counter(), Path(options.folder) / "corpus", fuzzer.cases[0]
     corpus.mkdir()
-    for number, seed in enumerate(fuzzer.cases):
-        (corpus / str(number)).write_bytes(seed.whole[seed.files[0]])
+    for number, case in enumerate(fuzzer.cases):
+        (corpus / str(number)).write_bytes(case.whole[case.files[0]])
 
     def attempt(data: bytes) -> None:
-        fuzzer.attempt(case, case.files[0], data)
-        if options.seconds is not None and time.perf_counter() - start > options.seconds:
-            print(json.dumps(asdict(fuzzer.finish(time.perf_counter() - start))), flush=True)
-            os._exit(0)
+        fuzzer.attempt(fuzzer.cases[0], fuzzer.cases[0].files[0], data)
+        seconds = time.perf_counter() - start
+        if seconds > 60 * (options.minutes or 1e9) or fuzzer.outcome.tried == options.count:
+            print(table([fuzzer.finish(seconds)], _command(), _versions()), flush=True)
+            shutil.rmtree(folder)
+            os._exit(1 if fuzzer.outcome.crashes else 0)
 
-    length = 2 * max(len(seed.whole[seed.files[0]]) for seed in fuzzer.cases)
-    arguments = [f"-seed={options.seed + 1}", f"-max_len={length}", "-rss_limit_mb=0", "-verbosity=0"]
-    atheris.Setup(
-        [sys.argv[0], *arguments, *([f"-runs={options.count}"] if options.count else []), str(corpus)], attempt
-    )
+    length = 2 * max(len(case.whole[case.files[0]]) for case in fuzzer.cases)
+    arguments = [f"-seed={options.seed + 1}", f"-max_len={length}", "-rss_limit_mb=0", "-verbosity=0", str(corpus)]
+    atheris.Setup([sys.argv[0], *arguments], attempt)
     atheris.Fuzz()
-
-
-def fuzz(name: str, options: argparse.Namespace, seconds: float | None) -> Outcome:
-    """Fuzzes a target in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / "run.py"), "--child", name, "--folder", f"{folder}/case"]
-        command += ["--seed", str(options.seed), "--engine", options.engine, "--keep", str(options.keep)]
-        command += ["--seconds", str(seconds)] if seconds is not None else ["--count", str(options.count)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        lines = result.stdout.strip().splitlines()
-        if result.returncode == 0 and lines:
-            return Outcome(**json.loads(lines[-1]))
-        shutil.copytree(folder, options.keep / f"{name}-ended", dirs_exist_ok=True, symlinks=True)
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1][:300]
-        return Outcome(name, crashed=1, crashes={f"process ended with {result.returncode}": reason})
 
 
 def table(outcomes: list[Outcome], command: str, versions: str) -> str:
@@ -271,36 +272,41 @@ def main() -> int:
     parser.add_argument("--engine", choices=("mutation", "atheris"), default="mutation")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-crashes"), help="where inputs that crash are kept")
     parser.add_argument("--write", action="store_true", help=f"replace the table in {RESULTS.name}")
-    for hidden in ("--child", "--folder"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        child(options)
-        return 0
+    if options.minutes is None and options.count is None:
+        options.count = 500
+    if options.engine == "atheris":
+        if len(options.targets or ()) != 1:
+            parser.error("--engine atheris fuzzes one target; name it by --targets")
+        fuzz_by_coverage(options.targets[0], options)
+    import torch
     from targets import TARGETS
 
+    torch.set_num_threads(1)
     names = options.targets or list(TARGETS)
     if unknown := set(names) - set(TARGETS):
         parser.error(f"unknown targets {', '.join(sorted(unknown))}; expected {', '.join(TARGETS)}")
-    if options.minutes is None and options.count is None:
-        options.count = 500
     seconds = None if options.minutes is None else options.minutes * 60 / len(names)
     outcomes = []
     for number, name in enumerate(names):
         print(f"{number + 1}/{len(names)} {name}", file=sys.stderr, flush=True)
-        outcomes.append(fuzz(name, options, seconds))
+        outcomes.append(fuzz(TARGETS[name], options, seconds))
         for where, what in outcomes[-1].crashes.items():
             print(f"CRASH {name}: {where}: {what}", file=sys.stderr, flush=True)
-    import torch
-
-    command = f"python tests/fuzz/run.py {' '.join(sys.argv[1:])}".replace(" --write", "")
-    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.machine()}"
-    text = table(outcomes, command, versions)
+    text = table(outcomes, _command(), _versions())
     print(text)
     if options.write:
         write_section(text)
     return 1 if any(outcome.crashes for outcome in outcomes) else 0
+
+
+def _command() -> str:
+    return " ".join(["python tests/fuzz/run.py", *(argument for argument in sys.argv[1:] if argument != "--write")])
+
+
+def _versions() -> str:
+    named = ("torch", "numpy", "pillow", "safetensors", "trimesh", "pyyaml")
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in named)])
 
 
 def write_section(text: str) -> None:

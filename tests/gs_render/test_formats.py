@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import runpy
 import struct
 import tracemalloc
 import warnings
@@ -246,15 +245,6 @@ def test_glb_may_show_one_mesh_a_few_times(make_gaussians, tmp_path):
     both = load(rewrite_glb(save(original, tmp_path / "a.glb", up="z"), place), up="z")
     assert len(both) == 60
     assert torch.allclose(both[:30].means + both[30:].means, 3 * original.means + torch.tensor([1.0, 0, 0]), atol=1e-5)
-
-
-def test_damaged_files_never_crash():
-    """A small share of `python tests/gs_render/fuzz_formats.py --count 10000`."""
-    fuzz = runpy.run_path(str(Path(__file__).with_name("fuzz_formats.py")))
-    outcomes, failures = fuzz["run"](600, seed=1, report=lambda text: None)
-    assert not [failure for failure in failures if "peak memory" not in failure]
-    assert outcomes["refused"] > 100
-    assert outcomes["loaded"] > 20
 
 
 def test_convert_and_describe(make_gaussians, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gs_render import Camera, Gaussians, metrics, render, save
+from gs_render._formats._html import viewer_page
 from PIL import Image
 
 SIZE = 400
@@ -42,6 +43,40 @@ def test_page_needs_nothing_else(tmp_path):
     scene = json.loads(re.search(r'id="scene">(.*?)</script>', text, re.DOTALL)[1])
     assert scene["count"] == 6500
     assert len(text) < 6500 * 27 + 30_000
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["</script><script>alert(1)<!--", "</title><img src=x onerror=alert(1)>", "\" onload=\"alert(1)", "'`${alert(1)}",
+     "\u2028\u2029alert(1)", "{{scene}}{{script}}", "<!--<script>", "]]>&lt;b&gt;"],
+)  # fmt: skip
+def test_a_name_is_text_and_nothing_else(name):
+    """The title is what a stranger can choose: the page's tags and scripts are the same with any."""
+    from html.parser import HTMLParser
+
+    class Tags(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tags, self.labels, self.title = [], [], ""
+
+        def handle_starttag(self, tag, attributes):
+            self.tags.append((tag, sorted(key for key, _ in attributes)))
+            self.labels += [value for key, value in attributes if key == "aria-label"]
+
+        def handle_data(self, data):
+            self.title += data if self.tags and self.tags[-1][0] == "title" and not self.title else ""
+
+    def parsed(title):
+        page = viewer_page(striped_object()[:1], title)
+        tags = Tags()
+        tags.feed(page)
+        return tags, re.findall(r"<script.*?</script>", page, re.DOTALL)
+
+    plain, hostile = parsed("a"), parsed(name)
+    assert hostile[0].tags == plain[0].tags
+    assert hostile[1] == plain[1]
+    assert hostile[0].labels == [name]
+    assert hostile[0].title == name
 
 
 def screenshots(browser: str, url: str, path) -> Iterator[torch.Tensor]:

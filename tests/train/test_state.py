@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,50 @@ def test_a_checkpoint_holds_everything_and_no_pickle(micro_config):
     moments = set(load_file(folder / "optimizer.safetensors"))
     assert moments == {f"{name}:{entry}" for name in names for entry in ("step", "exp_avg", "exp_avg_sq")}
     verify(folder)
+
+
+def test_a_checkpoint_of_pickles_is_not_run(settings, tmp_path):
+    """Even where the check sums are right."""
+    config, _ = settings
+    run(config)
+    trace = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(trace), "w")
+
+    for folder in (config.out / "checkpoints").iterdir():
+        torch.save({"a": Bomb()}, folder / "average.safetensors")
+        content, meta = (folder / "average.safetensors").read_bytes(), json.loads((folder / "state.json").read_text())
+        meta["files"]["average.safetensors"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+        (folder / "state.json").write_text(json.dumps(meta))
+        verify(folder)
+    with pytest.raises(InputError, match=r"not safetensors .* the only kind read"):
+        run(config, resume=True)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"average": "3"},
+        {"scalars": []},
+        {"item": None},
+        {"step": 1e3},
+        {"files": {}},
+        {"files": {"../x": {}}},
+        {"files": 1},
+    ],
+    ids=str,
+)
+def test_a_state_of_other_types_is_damaged(settings, change):
+    config, _ = settings
+    run(config)
+    folder = config.out / "checkpoints" / "00000006"
+    meta = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(meta | change))
+    with pytest.raises(DamagedCheckpointError):
+        verify(folder)
 
 
 @pytest.mark.parametrize("damage", ["model.safetensors", "optimizer.safetensors", "state.json", "cut", "gone", "older"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _gs_render_reading import WHY_NO_PICKLE
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diff2to3._errors import InputError
@@ -54,7 +57,7 @@ def open_networks(weights: Mapping[str, str | Path], device: torch.device | str 
             opened[name] = Network(name, *_OPENERS[name](str(source))).to(device)
         except ImportError as error:
             raise InputError(f"{name} weights {source}: this network needs the module {error.name!r}") from error
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{name} weights {source}: {reason}; expected {NETWORKS[name]}") from error
     return opened
@@ -70,7 +73,9 @@ def _vgg(source: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]:
 def _inception(source: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]:
     """torch-fidelity's network; it resizes as TensorFlow did, from 8-bit pictures."""
     inception = import_module("torch_fidelity.feature_extractor_inceptionv3")
-    torch.load(source, weights_only=True)  # refuses a file that could run code, which the network itself would not
+    # The one pickle that is read: these weights exist in no other form. PyTorch's restricted reader takes tensors alone
+    # and refuses a file that could run code; so does the network's own loader with the PyTorch versions allowed here.
+    torch.load(source, weights_only=True)
     model = inception.FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=source
     )
@@ -79,14 +84,24 @@ def _inception(source: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]
 
 def _dinov2(source: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]:
     """The class token after the last norm, at 224 px (Stein et al. 2023)."""
-    model = import_module("transformers").AutoModel.from_pretrained(source)
+    model = import_module("transformers").AutoModel.from_pretrained(_safe(source), use_safetensors=True)
     return model, lambda model, x: model(pixel_values=_resized(x, *_IMAGENET)).last_hidden_state[:, 0]
 
 
 def _clip(source: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]:
     """The image embedding."""
-    model = import_module("transformers").CLIPVisionModelWithProjection.from_pretrained(source)
+    model = import_module("transformers").CLIPVisionModelWithProjection.from_pretrained(
+        _safe(source), use_safetensors=True
+    )
     return model, lambda model, x: model(pixel_values=_resized(x, *_CLIP)).image_embeds
+
+
+def _safe(source: str) -> str:
+    """The source; ValueError for a folder that has its weights as a pickle alone."""
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and (pickled := sorted(folder.glob("*.bin"))):
+        raise ValueError(f"{pickled[0].name} {WHY_NO_PICKLE}")
+    return source
 
 
 _OPENERS: dict[str, Callable[[str], tuple[nn.Module, Callable[[Any, Tensor], Tensor]]]] = {

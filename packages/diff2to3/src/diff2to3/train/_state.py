@@ -33,6 +33,7 @@ Optimizers = Sequence[torch.optim.Optimizer]
 FORMAT = 2
 _META = "state.json"
 _MAX_META_BYTES = 64 << 20  # optimizers may keep a number for every parameter in it
+_KINDS = {"step": int, "average": int, "clip": int, "item": int, "seconds": int | float, "scalars": dict}
 _FILES = {f"{name}.safetensors" for name in ("model", "average", "optimizer", "clip")}
 _CHUNK = 1 << 24
 
@@ -103,6 +104,15 @@ class Checkpoints:
         if step is None:
             return None
         folder = self.folder / f"{step:08d}"
+        try:
+            return self._restore(folder, learning, average, optimizers, clip)
+        except SafetensorError as error:  # whole by its check sum, so it was written like this
+            reason = " ".join(str(error).split())
+            raise InputError(f"{folder} holds a file that is not safetensors ({reason}), the only kind read") from error
+
+    def _restore(
+        self, folder: Path, learning: Learning, average: Average, optimizers: Optimizers, clip: Clip
+    ) -> dict[str, Any]:
         meta = read_json(folder / _META, _MAX_META_BYTES)
         _fill(folder / "model.safetensors", learning.state())
         learning.give_weights()
@@ -176,7 +186,9 @@ def verify(folder: Path) -> None:
         meta = read_json(folder / _META, _MAX_META_BYTES)
         if meta["format"] != FORMAT:
             raise DamagedCheckpointError(f"{folder} has format {meta['format']}, expected {FORMAT}")
-        [meta[key] for key in ("step", "average", "clip", "scalars")]
+        for key, kind in _KINDS.items():
+            if not isinstance(meta[key], kind):
+                raise DamagedCheckpointError(f"{folder / _META}: {key} is {str(meta[key])[:40]!r}")
         if names := sorted(meta["files"].keys() ^ _FILES):
             raise DamagedCheckpointError(f"{folder / _META} lists other files than expected: {', '.join(names)[:200]}")
         for name, written in meta["files"].items():
