@@ -92,6 +92,13 @@ def objaverse(root):
     }
 
 
+def test_metadata_that_unpack_to_too_much(tmp_path, monkeypatch):
+    objaverse(tmp_path)
+    monkeypatch.setattr(_datasets, "_MAX_METADATA", 20)
+    with pytest.raises(InputError, match=r"000-012\.json\.gz unpacks to more than 20 bytes"):
+        _datasets._sketchfab_licences(tmp_path)
+
+
 def toys4k(root):
     for number in range(5):
         name = f"apple_{number:03d}"

@@ -1,6 +1,7 @@
 """Pictures from strangers, and output folders prepared by them."""
 
 import io
+import json
 import os
 import resource
 import struct
@@ -13,7 +14,9 @@ from diff2to3 import read_image
 from diff2to3._atomic import replacing
 from diff2to3._errors import ImageInputError, InputError
 from diff2to3._settings import load_settings
-from diff2to3.data._store import Store
+from diff2to3.data._objects import open_objects
+from diff2to3.data._shards import pack
+from diff2to3.data._store import Store, write_atomically
 from diff2to3.train._config import TrainConfig
 from gs_render import Gaussians, save
 from PIL import Image
@@ -124,6 +127,40 @@ def test_replacing_replaces_a_link(tmp_path):
     with replacing(tmp_path / "hard") as temporary:
         temporary.write_text("new")
     assert victim.read_text() == "mine"
+
+
+def packed(tmp_path):
+    """A data set of one object, and the folder of its shards."""
+    store, out = Store(tmp_path / "set"), tmp_path / "packed"
+    write_atomically(store.root / "objects.csv", b"id,split\na,train\n")
+    digest = store.write("voxels", "a", {"coords": np.zeros((1, 3), np.int32)}, {})
+    store.write_manifest("voxels", {}, {"a": digest}, {})
+    pack(store, out, (), 1 << 20)
+    return out
+
+
+def test_links_in_the_place_of_temporary_files_lead_nowhere(tmp_path):
+    """An output folder may hold links under names that can be foreseen."""
+    victim, out = tmp_path / "victim", tmp_path / "packed"
+    victim.write_text("mine")
+    links = [tmp_path / f"set/voxels/.a.safetensors.{os.getpid()}.tmp", out / ".train-000000.tar.tmp"]
+    for link in [*links, out / "train-000000.tar"]:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(victim)
+    packed(tmp_path)
+    assert victim.read_text() == "mine"
+    assert sorted(path.name for path in out.iterdir()) == ["SHA256SUMS", "index.json", "train-000000.tar"]
+
+
+def test_shards_are_read_in_their_folder_alone(tmp_path):
+    out = packed(tmp_path)
+    (out / "train-000000.tar").rename(tmp_path / "train-000000.tar")
+    index = json.loads((out / "index.json").read_text())
+    for name in ("../train-000000.tar", str(tmp_path / "train-000000.tar"), "..", "a\0.tar", ["x"], None):
+        index["shards"][0]["name"] = name
+        (out / "index.json").write_text(json.dumps(index))
+        with pytest.raises(InputError, match="no shard in its folder"):
+            open_objects(out, "train", ("voxels",))
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "..", ".", "a\\..\\x"])

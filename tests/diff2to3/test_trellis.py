@@ -591,6 +591,8 @@ BROKEN = {
         lambda f: edit(f / "ckpts/ss_flow.json", lambda value: value["args"].pop("resolution")),
         "the arguments of SparseStructureFlowModel lack 'resolution'",
     ),
+    "endless": (arguments("slat_flow", num_blocks=10**9), "num_blocks: Input should be less than or equal to 1024"),
+    "huge": (arguments("slat_flow", model_channels=1 << 16), "the config asks for a model of more than"),
     "wrong type": (arguments("slat_flow", model_channels="wide", num_heads=None), "are of the wrong type"),
     "other width": (arguments("ss_flow", cond_channels=48), "the weights do not fit the description"),
     "other voxels": (

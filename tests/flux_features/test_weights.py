@@ -77,6 +77,20 @@ def bfl_file(tmp_path_factory):
     return path
 
 
+def test_a_pickle_is_refused_with_the_reason(tmp_path):
+    reason = "is a pickle, which can run any program when it is read"
+    state = {"encoder.conv_in.weight": torch.zeros(1)}
+    torch.save(state, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"a\.safetensors {reason}"):
+        FluxFeatures.from_pretrained(tmp_path / "a.safetensors", SMALL_KL)
+    for name in ("diffusion_pytorch_model.bin", "ae.pt"):
+        folder = tmp_path / name
+        folder.mkdir()
+        torch.save(state, folder / name)
+        with pytest.raises(ValueError, match=rf"{name} {reason}"):
+            FluxFeatures.from_pretrained(folder, SMALL_KL)
+
+
 def test_bfl_names_of_the_real_layout():
     """All 244 tensors of FLUX.1's file correspond one to one to tensors of the same size."""
     with torch.device("meta"):

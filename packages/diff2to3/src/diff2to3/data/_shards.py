@@ -162,9 +162,10 @@ def _is_there(path: Path, entry: dict[str, Any] | None, plan: str) -> bool:
 def _write_shard(path: Path, shard: _Shard) -> dict[str, Any]:
     """The shard and its entry in the index."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten by the next
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is removed by the next
     try:
-        with temporary.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        temporary.unlink(missing_ok=True)  # also a link, which would lead elsewhere
+        with temporary.open("xb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for sample in shard.samples:
                 key = sample_key(sample.row["id"])
                 _add(tar, f"{key}.json", _row_json(sample.row))

@@ -207,7 +207,9 @@ def write_atomically(path: Path, payload: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(payload)
+        temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
+        with temporary.open("xb") as file:
+            file.write(payload)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
