@@ -1,5 +1,6 @@
 """Pictures from strangers, and output folders prepared by them."""
 
+import contextlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from diff2to3._settings import load_settings
 from diff2to3.data._objects import open_objects
 from diff2to3.data._shards import pack
 from diff2to3.data._store import Store, write_atomically
+from diff2to3.data._tensor_file import DamagedFileError, TensorFile
 from diff2to3.train._config import TrainConfig
 from gs_render import Gaussians, save
 from PIL import Image
@@ -204,3 +206,28 @@ def test_tables_that_are_none(tmp_path, content):
     with pytest.raises(InputError, match=r"objects\.csv") as caught:
         Store(tmp_path).objects("train")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"weight": {"dtype": "F32", "shape": [1], "data_offsets": ["0", 4]}},
+        {"weight": {"dtype": "F32", "shape": [1], "data_offsets": ["x", 4]}},
+        {"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}},
+        {"weight": {"dtype": "F32", "shape": "1", "data_offsets": None}, "__metadata__": 3.5},
+        {"__metadata__": {"given": "{", "settings": 3}},
+        {"__metadata__": {"given": "[" * 100_000}},
+    ],
+    ids=range(6),
+)
+def test_headers_of_tensors_from_elsewhere(tmp_path, header):
+    """Found by fuzzing: each was an exception of Python's."""
+    store = Store(tmp_path)
+    path = store.path("voxels", "a")
+    path.parent.mkdir()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    assert store.settings("voxels", "a") == {}
+    assert store.finished("voxels", {"g": 8}, ["a"]) == {}
+    with contextlib.suppress(DamagedFileError):
+        assert TensorFile.whole(path).read("weight").tolist() == [0.0]

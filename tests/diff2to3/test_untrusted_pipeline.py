@@ -139,6 +139,20 @@ def test_descriptions_are_bounded(folder, read, text):
     assert "\n" not in str(caught.value)
 
 
+def test_limits_are_those_of_bytes_and_of_depth(tmp_path):
+    """Of JSON that is right but for its size, and at the limit."""
+    path = tmp_path / "a.json"
+    for text, reason in (
+        ("[]" + " " * (MAX_JSON_BYTES - 1), "more than 4,194,304 bytes"),
+        ("[" * (MAX_JSON_DEPTH + 2) + "]" * (MAX_JSON_DEPTH + 2), "deeper than 32"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            read_json(path)
+    path.write_text("[]" + " " * (MAX_JSON_BYTES - 2))
+    assert read_json(path) == []
+
+
 def test_a_description_is_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")  # reading it would wait for ever
     (tmp_path / "zeros.json").symlink_to("/dev/zero")

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -197,6 +198,7 @@ def fuzz(target: Any, options: argparse.Namespace, seconds: float | None) -> Out
         folder = Path(name) / "cases"
 
         def work() -> None:
+            warnings.simplefilter("ignore")  # of Pillow and numpy on damaged data; errors are what counts
             fuzzer = Fuzzer(target, folder, options.keep)
             limit_memory(target.gigabytes)
             sender.send(fuzzer.run(options.count, seconds, options.seed))

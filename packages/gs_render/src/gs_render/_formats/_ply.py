@@ -45,7 +45,7 @@ def read(path: Path) -> Gaussians:
 
     higher = columns(*(f"f_rest_{i}" for i in range(rest))).reshape(len(table), 3, rest // 3).transpose(0, 2, 1)
     sh = np.concatenate([columns("f_dc_0", "f_dc_1", "f_dc_2")[:, None, :], higher], axis=1)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         scales = np.exp(columns("scale_0", "scale_1", "scale_2"))
     fields = (columns("x", "y", "z"), scales, columns(*_ROTATION), sigmoid(columns("opacity")[:, 0]), sh)
     return Gaussians(*(torch.from_numpy(np.ascontiguousarray(field)) for field in fields))
