@@ -21,7 +21,7 @@ from diff2to3.data._store import Store, write_atomically
 from diff2to3.data._tensor_file import DamagedFileError, TensorFile
 from diff2to3.train._config import TrainConfig
 from gs_render import Gaussians, save
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 
 def chunk(kind, data):
@@ -70,6 +70,16 @@ def test_hostile_pictures_are_refused_in_little_memory(tmp_path, name):
         read_image(path)
     assert "\n" not in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+def test_no_other_program_is_asked_to_draw_a_picture(tmp_path, monkeypatch):
+    """Pillow reads EPS by running Ghostscript."""
+    calls = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **options: calls.append(given))
+    Image.new("L", (8, 8)).save(tmp_path / "a.png", "EPS")
+    with pytest.raises(ImageInputError, match="not a picture that can be read"):
+        read_image(tmp_path / "a.png")
+    assert not calls
 
 
 ODD = {
@@ -180,6 +190,7 @@ LAUGHS = "a0: &a0 [1,2,3]\n" + "\n".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}']
     ("text", "reason"),
     [
         (LAUGHS, "more than"),
+        (f"steps: [{'1,' * 20_001}]", "more than 20,000 values"),
         ("steps: &a [*a]", "more than|aliases|undefined"),
         ("steps: " + "[" * 5000, "nested too deeply"),
         ("steps: " + "[" * 40 + "]" * 40, "deeper than 32"),
@@ -187,7 +198,7 @@ LAUGHS = "a0: &a0 [1,2,3]\n" + "\n".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}']
         ("!!python/object/apply:os.system ['touch ran']", "could not determine a constructor"),
         ("steps: " + "x" * 100_000, r"\.\.\.\)"),
     ],
-    ids=["aliases", "alias of itself", "deep", "deeper", "long", "code", "long value"],
+    ids=["aliases", "values", "alias of itself", "deep", "deeper", "long", "code", "long value"],
 )
 def test_settings_from_elsewhere(tmp_path, monkeypatch, text, reason):
     monkeypatch.chdir(tmp_path)

@@ -71,7 +71,7 @@ def refused(folder, match):
         ("structure", {"decoder__grid_size": 2**20}, "grid_size"),
         ("structure", {"decoder__num_res_blocks": 10**7}, "num_res_blocks"),
         ("latent_decoder", {"gaussians__num_gaussians": 10**9}, "num_gaussians"),
-        ("latent_decoder", {"gaussians__scale_bias": float("nan")}, "scale_bias"),
+        ("latent_decoder", {"gaussians__means_multiplier": float("nan")}, "means_multiplier"),
         ("feature_extractor", {"image_size": 2**20}, "image_size"),
         ("feature_extractor", {"encoder_blocks": [10**6] * 4}, "encoder_blocks"),
     ],
