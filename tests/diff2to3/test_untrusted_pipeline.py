@@ -15,6 +15,7 @@ from diff2to3._errors import InputError
 from diff2to3._manifest import read_manifest
 from diff2to3._store import read_config
 from safetensors.torch import load_file
+from smdit import StructureDiTConfig
 
 PICKLE = "is a pickle, which can run any program when it is read"
 
@@ -210,3 +211,11 @@ def test_a_component_cannot_be_named_as_a_path(folder):
     contents["roles"]["../x"] = contents["roles"].pop("structure")
     path.write_text(json.dumps(contents))
     refused(folder, "unknown roles")
+
+
+def test_a_position_table_is_bounded():
+    """It is no parameter, so the weights do not bound it."""
+    sizes = {"width": 1024, "num_heads": 16, "num_blocks": 1}
+    with pytest.raises(ValueError, match="position table of more than 1 GB"):
+        StructureDiTConfig(grid_size=512, **sizes)
+    assert StructureDiTConfig(grid_size=512, patch_size=8, **sizes)
