@@ -18,9 +18,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diff2to3._cli import cli
+from diff2to3._engines import Workers, _ray, using_engine
 from diff2to3._errors import InputError
-from diff2to3.data import _engine_ray
-from diff2to3.data._run import Workers, run_stage, using_engine
+from diff2to3.data._run import run_stage
 from diff2to3.data._store import Store, encode_pngs
 from diff2to3.data._views import sphere_views
 from diff2to3.train._checkpoint import save_model
@@ -180,7 +180,7 @@ def pictures():
 
 def test_ray_missing_is_said_in_one_line(monkeypatch, tmp_path):
     (tmp_path / "a.glb").touch()
-    monkeypatch.setattr(_engine_ray, "find_spec", lambda name: None)
+    monkeypatch.setattr(_ray, "find_spec", lambda name: None)
     arguments = ["data", "voxelize", str(tmp_path), str(tmp_path / "set"), "--engine", "ray"]
     result = CliRunner().invoke(cli, arguments)
     assert isinstance(result.exception, InputError), result.output

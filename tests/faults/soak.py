@@ -86,8 +86,8 @@ def main() -> int:
                 curve.append(resident(server.pid))
                 made, failed = sum(user.done for user in users), sum(user.errors.total() for user in users)
                 print(
-                    f"{(time.monotonic() - start) / 60:5.1f} min  {curve[-1]:8.1f} MB  {threads(server.pid):3d} threads  "
-                    f"{made:4d} objects  {failed} errors",
+                    f"{(time.monotonic() - start) / 60:5.1f} min  {curve[-1]:8.1f} MB  {threads(server.pid):3d} threads"
+                    f"  {made:4d} objects  {failed} errors",
                     flush=True,
                 )
             stop.set()
@@ -101,7 +101,9 @@ def main() -> int:
         kind = "connected" if user.stays else "new each time"
         print(f"{kind}: {user.done} objects, slowest {user.slowest:.1f} s, errors {dict(user.errors)}")
     grown, errors = growth(curve, skip=MEASUREMENTS // 10), sum(user.errors.total() for user in users)
-    print(f"memory {100 * grown:+.2f} % (at most {100 * LIMIT:.0f} % wanted), server's log: {messages.strip() or 'empty'}")
+    print(
+        f"memory {100 * grown:+.2f} % (at most {100 * LIMIT:.0f} % wanted), server's log: {messages.strip() or 'empty'}"
+    )
     return int(errors > 0 or grown > LIMIT or "Traceback" in messages)
 
 

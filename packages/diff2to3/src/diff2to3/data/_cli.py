@@ -16,7 +16,7 @@ import click
 from diff2to3._errors import InputError
 
 if TYPE_CHECKING:
-    from diff2to3.data._run import Workers
+    from diff2to3._engines import Workers
     from diff2to3.data._store import Store
 
 _ASSETS = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -66,7 +66,7 @@ def _over_assets(function: F) -> F:
 @contextmanager
 def _processes(engine: str, workers: int | None) -> Iterator[int]:
     """Stages run on an engine; gives the number of processes asked for, all cores by default."""
-    from diff2to3.data._run import using_engine
+    from diff2to3._engines import using_engine
 
     with using_engine(engine):
         yield workers or (sys.maxsize if engine == "ray" else os.cpu_count() or 1)  # Ray has its cluster's cores
@@ -388,8 +388,8 @@ def _model_work(
     engine: str, workers: int | None, load: Callable[..., tuple[Any, str]], source: Any, device: str | None, *rest: Any
 ) -> Iterator[tuple[Any, str, Workers | None]]:
     """The work of a stage that needs a model, the hash of its weights, and the workers that load it themselves."""
+    from diff2to3._engines import Workers
     from diff2to3.data._feature_stage import model_work, start_model_work
-    from diff2to3.data._run import Workers
 
     with _processes(engine, workers) as processes:
         work, digest = load(source, "cpu" if engine == "ray" else device, *rest)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from diff2to3._engines import Workers
 from diff2to3._errors import InputError
 from diff2to3.data._mesh import MESH_SUFFIXES, Mesh, load_mesh
 from diff2to3.data._render_stage import asset_path
-from diff2to3.data._run import Workers, run_stage
+from diff2to3.data._run import run_stage
 from diff2to3.data._store import Store
 
 TOYS4K_SEED = 4000

@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from sparse_vae import SparseTensor, SparseVAE, Topology
 from torch import Tensor
 
+from diff2to3._engines import Workers
 from diff2to3._errors import InputError
 from diff2to3._plugins import FeatureExtractor
 from diff2to3.data._augment import hue_matrix, mirror_cameras, mirror_coords, shift_hue, yaw_coords
-from diff2to3.data._run import Workers, run_stage
+from diff2to3.data._run import run_stage
 from diff2to3.data._store import Store, decode_png
 
 _VIEWS_AT_ONCE = 8  # bounds the memory; what docs/scale.md counts with

@@ -10,12 +10,13 @@ from zlib import crc32
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from diff2to3._engines import Workers
 from diff2to3._errors import InputError
 from diff2to3._image import object_crop
 from diff2to3._plugins import MESH_RENDERER, MeshRenderer, build
 from diff2to3.data._mesh import MESH_SUFFIXES, Mesh, load_mesh
 from diff2to3.data._renderers import AUTO, choose_renderer
-from diff2to3.data._run import Workers, run_stage
+from diff2to3.data._run import run_stage
 from diff2to3.data._store import Store, encode_pngs, write_rows
 from diff2to3.data._views import condition_views, random_views, sphere_views
 from diff2to3.data._voxelize import Rule, voxelize
