@@ -196,11 +196,7 @@ def test_from_manifest_makes_the_same_bytes_again(made):
 def test_results_stay_on_stdout_while_a_terminal_shows_progress():
     pty = pytest.importorskip("pty")
     terminal, side = pty.openpty()
-    code = (
-        "from diff2to3._cli._generate import _progress\n"
-        "with _progress() as bars, bars.step('work'):\n"
-        "    print('result')"
-    )
+    code = "from diff2to3._progress import progress\nwith progress() as bars, bars.step('work'):\n    print('result')"
     environment = {**ENVIRONMENT, "TERM": "xterm"}
     result = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=side, env=environment, text=True
@@ -351,7 +347,7 @@ def test_a_fault_is_no_bad_input(micro_pipeline, ball, tmp_path):
     """Exit code 1 and a traceback: the user did nothing wrong."""
     code = (
         "import sys, diff2to3._cli as cli, diff2to3._cli._generate as generate;"
-        "generate._run = lambda *arguments: 1 / 0;"
+        "generate.run = lambda *arguments: 1 / 0;"
         f"sys.argv = ['diff2to3', 'generate', {str(ball)!r}, '--pipeline', {str(micro_pipeline)!r}, '-o', "
         f"{str(tmp_path / 'out')!r}, '--format', 'ply']; cli.main()"
     )

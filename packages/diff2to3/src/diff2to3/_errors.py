@@ -25,3 +25,15 @@ class ComponentError(InputError):
 
 class PipelineFormatError(InputError):
     """A pipeline directory is incomplete, damaged, or does not fit together."""
+
+
+class OutputError(InputError):
+    """A file cannot be written: the disk is full, may not be written to, is gone. What comes next would fail too."""
+
+
+class DeviceMemoryError(InputError):
+    """The device has too little memory for what is asked; the message says what to lower."""
+
+
+class NonFiniteError(RuntimeError):
+    """A component gave NaN or infinite numbers; the message says which, and which of its tensors is broken."""

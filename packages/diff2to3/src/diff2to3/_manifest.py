@@ -14,7 +14,6 @@ from diff2to3._errors import InputError
 from diff2to3._locate import file_sha256
 
 if TYPE_CHECKING:
-    from diff2to3._asset import Asset
     from diff2to3._pipeline import Pipeline
 
 _PACKAGES = ("diff2to3", "marope", "smdit", "sparse-vae", "flux-features", "gs-render", "torch", "numpy", "pillow")
@@ -86,19 +85,37 @@ def read_manifest(path: Path) -> Manifest:
         raise InputError(f"{path} cannot be read as a manifest: {' '.join(str(error).split())}") from error
 
 
-def describe(asset: Asset, pipeline: Pipeline) -> dict[str, Any]:
-    """The part of a manifest that the asset and its pipeline tell."""
+def describe(pipeline: Pipeline) -> dict[str, Any]:
+    """The part of a manifest that is the same for everything that a pipeline makes."""
     return {
         "revision": pipeline.revision,
         "config": pipeline.config.model_dump(mode="json", exclude={"weights"}),
         "weights": pipeline.weight_hashes(),
-        **asset.settings,
         "device": str(pipeline.device),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "num_voxels": len(asset.voxels),
-        "num_gaussians": len(asset.gaussians),
         "versions": _versions(),
     }
+
+
+def finished(path: Path, recipe: dict[str, Any]) -> Manifest | None:
+    """The manifest at `path`, if there is one of this recipe and its files are there; else None.
+
+    Args:
+        path: of the manifest; its files lie beside it, and were written before it.
+        recipe: all fields of a `Manifest` that are known before the object is made. Where the pictures lie does not
+            matter, what they show does.
+    """
+    try:
+        manifest = read_manifest(path)
+    except InputError:  # none yet, or damaged
+        return None
+    plans = (manifest, manifest.model_copy(update=recipe))
+    before, now = (
+        plan.model_dump(mode="json", exclude={"pictures"}) | {"pictures": [picture.sha256 for picture in plan.pictures]}
+        for plan in plans
+    )
+    whole = all((path.parent / file).is_file() for file in manifest.files.values())
+    return manifest if before == now and whole else None
 
 
 def find_picture(record: PictureRecord, folder: Path) -> str:

@@ -68,9 +68,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and leave with its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
-    warnings.showwarning = _warn
-    _show_log("gs_render")
-    _show_log("flux_features")
+    speak_plainly()
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -84,6 +82,13 @@ def main() -> None:
         click.echo("diff2to3: interrupted", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def speak_plainly() -> None:
+    """What warns and what libraries note become single lines on stderr."""
+    warnings.showwarning = _warn
+    _show_log("gs_render")
+    _show_log("flux_features")
 
 
 def _fail(message: str) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +12,15 @@ import click
 
 from diff2to3._atomic import output_folder
 from diff2to3._errors import InputError
+from diff2to3._generation import Item, Job, items, run
+from diff2to3._progress import progress
 
 if TYPE_CHECKING:
-    from diff2to3._asset import Asset
     from diff2to3._manifest import Manifest
-    from diff2to3._pipeline import Callback, Pipeline
 
 DEFAULT_FORMATS = "ply,png,mp4,html"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one call of ``generate`` is asked to do; each object is a tuple of pictures of it."""
-
-    objects: tuple[tuple[str, ...], ...]
-    out: Path
-    formats: tuple[str, ...]
-    pipeline: str | None
-    revision: str | None
-    components: dict[str, str]
-    seed: int
-    samples: tuple[int, ...]
-    steps: int | None
-    guidance: float | None
-    device: str | None
-    dtype: str
-    low_vram: bool
+#: What is taken for a picture in a folder.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 
 
 @click.command()
@@ -56,6 +37,17 @@ class Job:
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--low-vram", is_flag=True, help="Keep on the device only the model that is at work.")
 @click.option("--multi-view", is_flag=True, help="All pictures show the same object.")
+@click.option("--overwrite", is_flag=True, help="Make again what is finished.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where the workers are: on this machine, or on a Ray cluster (extra `scale`).",
+)
+@click.option(
+    "--workers", type=click.IntRange(1), help="Processes.  [default: local has this one, ray one a CPU or GPU]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a result on stdout.")
 @click.option("--matting", metavar="NAME", help="Component that removes the background.")
 @click.option("--feature-extractor", metavar="NAME", help="Component that makes the condition features.")
@@ -68,9 +60,11 @@ class Job:
 def generate(
     ctx: click.Context, images: tuple[str, ...], as_json: bool, from_manifest: str | None, **given: Any
 ) -> None:
-    """Make 3D Gaussians from pictures of single objects.
+    """Make 3D Gaussians from pictures of single objects; a folder stands for all pictures in it.
 
     Writes for each picture NAME.ply, NAME.png (views), NAME.mp4 (turntable), NAME.html (viewer), NAME.json (manifest).
+    What is finished, with the same picture, settings and weights, is left alone: a run that was stopped goes on. Of
+    several objects, those that fail are listed at the end.
     """
     manifest = None
     if from_manifest is not None:
@@ -85,17 +79,27 @@ def generate(
         job = _like(manifest, Path(from_manifest or "").parent, job, explicit, bool(images))
     if not job.objects:
         raise click.UsageError("no picture given; expected one or more IMAGE paths")
-    _check_before_loading(job)
+    _check_before_loading(job, [path for path in images if not Path(path).is_dir()])
+    _check_outputs(job, [Path(path) for path in images if Path(path).is_dir()])
+    failures = []
     with output_folder(job.out):
-        for result in _run(job, manifest):
-            click.echo(json.dumps(result) if as_json else _summary(result, job.out))
+        with progress() as bars:
+            for item, result in run(job, manifest, bars):
+                if isinstance(result, Exception):
+                    failures.append((item, result))
+                else:
+                    click.echo(json.dumps(result) if as_json else _summary(result, job.out))
+        if failures:
+            _tell(failures, len(items(job)))
 
 
 def _job(images: tuple[str, ...], given: dict[str, Any]) -> Job:
     roles = ("matting", "feature_extractor", "structure", "backbone", "latent_decoder", "renderer")
     suffixes = [part.strip(" .").lower() for part in given["formats"].split(",")]
+    pictures = tuple(picture for path in images for picture in (_pictures(path) if Path(path).is_dir() else [path]))
+    everywhere = sys.maxsize if given["engine"] == "ray" else 0
     return Job(
-        objects=(images,) if given["multi_view"] and images else tuple((image,) for image in images),
+        objects=(pictures,) if given["multi_view"] and pictures else tuple((picture,) for picture in pictures),
         out=Path(given["out"]),
         formats=tuple(dict.fromkeys(suffix for suffix in suffixes if suffix)),
         pipeline=given["pipeline"],
@@ -108,7 +112,18 @@ def _job(images: tuple[str, ...], given: dict[str, Any]) -> Job:
         device=given["device"],
         dtype=given["dtype"],
         low_vram=given["low_vram"],
+        engine=given["engine"],
+        workers=given["workers"] or everywhere,
+        overwrite=given["overwrite"],
     )
+
+
+def _pictures(folder: str) -> list[str]:
+    """The pictures in a folder, by name; hidden ones and those of its folders do not count."""
+    found = [path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES and path.name[0] != "."]
+    if not found:
+        raise InputError(f"{folder} is a folder without pictures; expected files that end in {', '.join(PICTURES)}")
+    return [str(path) for path in sorted(found) if path.is_file()]
 
 
 def _like(manifest: Manifest, folder: Path, job: Job, explicit: set[str], own_pictures: bool) -> Job:
@@ -131,8 +146,10 @@ def _like(manifest: Manifest, folder: Path, job: Job, explicit: set[str], own_pi
     return replace(job, **changes, components={**manifest.components, **job.components})
 
 
-def _check_before_loading(job: Job) -> None:
-    """Refuse what can be refused without loading PyTorch: names of components, formats, the pipeline, pictures."""
+def _check_before_loading(job: Job, pictures: list[str]) -> None:
+    """Refuse what can be refused without loading PyTorch: names of components, formats, the pipeline, and pictures
+    that were given by name (those of a folder fail one by one).
+    """
     from diff2to3._errors import ImageInputError
     from diff2to3._image import alpha_box, as_rgba_array
     from diff2to3._inputs import read_image
@@ -144,7 +161,7 @@ def _check_before_loading(job: Job) -> None:
     for role, name in [*job.components.items(), *((EXPORTER.name, suffix) for suffix in job.formats)]:
         registry().find(role, name)
     locate(job.pipeline, job.revision)
-    for path in (path for pictures in job.objects for path in pictures):
+    for path in pictures:
         picture = read_image(path)
         if picture.mode == "RGBA":
             try:
@@ -153,149 +170,41 @@ def _check_before_loading(job: Job) -> None:
                 raise ImageInputError(f"{path}: {error}") from error
 
 
-def _run(job: Job, manifest: Manifest | None) -> Iterator[dict[str, Any]]:
-    """Load the pipeline, make every object, and yield each result once its files are in place."""
-    with _progress() as bars:
-        start = time.perf_counter()
-        with bars.step("loading"):
-            from diff2to3._pipeline import Pipeline
-
-            options: dict[str, Any] = {name: getattr(job, name) for name in ("device", "dtype", "low_vram", "revision")}
-            pipeline = Pipeline.from_pretrained(job.pipeline, **options | job.components)
-        if manifest is not None:
-            _check_same_pipeline(manifest, pipeline, job)
-        loading = time.perf_counter() - start
-        for pictures, name in zip(job.objects, _names(job.objects), strict=True):
-            for sample in job.samples:
-                full_name = name if len(job.samples) == 1 else f"{name}-{sample}"
-                callback = bars.callback(full_name)
-                try:
-                    asset = pipeline(
-                        list(pictures),
-                        seed=job.seed,
-                        sample=sample,
-                        steps=job.steps,
-                        guidance=job.guidance,
-                        callback=callback,
-                    )
-                except InputError as error:
-                    raise type(error)(_naming(pictures, str(error))) from error
-                yield _write(asset, pipeline, job, full_name, pictures, loading, bars)
-
-
-def _write(
-    asset: Asset, pipeline: Pipeline, job: Job, name: str, pictures: Sequence[str], loading: float, bars: _Bars
-) -> dict[str, Any]:
-    """Write all files of one asset, at once; return its manifest with the paths of the files."""
-    from diff2to3._atomic import staging, writing
-    from diff2to3._locate import file_sha256
-    from diff2to3._manifest import Manifest, PictureRecord, describe
-
-    timings = {"loading": loading, **asset.timings}
-    files = {suffix: f"{name}.{suffix}" for suffix in job.formats}
-    with writing(job.out / name), staging(job.out, name) as folder:
-        for suffix, file in files.items():
-            start = time.perf_counter()
-            with bars.step(f"{name}: writing {suffix}"):
-                asset.save(folder / file)
-            timings[suffix] = time.perf_counter() - start
-        manifest = Manifest(
-            name=name,
-            pictures=tuple(PictureRecord(path=path, sha256=file_sha256(Path(path))) for path in pictures),
-            pipeline=job.pipeline,
-            components=job.components,
-            timings={stage: round(seconds, 4) for stage, seconds in timings.items()},
-            files=files,
-            **describe(asset, pipeline),
+def _check_outputs(job: Job, folders: list[Path]) -> None:
+    """Refuse a job of which a file would replace another one of it, or one of its pictures."""
+    if any(f".{suffix}" in PICTURES for suffix in job.formats) and any(
+        job.out.resolve() == folder.resolve() for folder in folders
+    ):
+        raise InputError(
+            f"the output folder {job.out} is the one of the pictures: the pictures of the results would be taken for "
+            "more of them; expected another folder (-o DIR), or --format ply"
         )
-        text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    paths = {suffix: str(job.out / file) for suffix, file in files.items()}
-    return {**manifest.model_dump(mode="json"), "files": {**paths, "json": str(job.out / f"{name}.json")}}
+    inputs = {Path(path).resolve(): path for pictures in job.objects for path in pictures}
+    owners: dict[str, Item] = {}
+    for item in items(job):
+        for file in [*item.files(job.formats).values(), f"{item.name}.json"]:
+            if (path := inputs.get((job.out / file).resolve())) is not None:
+                raise InputError(f"{job.out / file} would replace the picture {path}; expected another folder (-o DIR)")
+            if (other := owners.setdefault(file.casefold(), item)) is not item:
+                raise InputError(
+                    f"{file} would be a file of {item.pictures[0]} and of {other.pictures[0]}; rename one of them"
+                )
 
 
-def _check_same_pipeline(manifest: Manifest, pipeline: Pipeline, job: Job) -> None:
-    asked = (job.components, job.pipeline, job.revision)
-    if asked != (manifest.components, manifest.pipeline, manifest.revision):
-        return  # another pipeline was asked for
-    settings = pipeline.config.model_dump(mode="json", exclude={"weights"})
-    if other := [key for key, value in settings.items() if manifest.config.get(key) != value]:
-        raise InputError(f"the pipeline's {', '.join(other)} is not as in the manifest; the result would differ")
-    found = pipeline.weight_hashes()
-    roles = sorted(manifest.weights.keys() | found)
-    if other := [role for role in roles if manifest.weights.get(role) != found.get(role)]:
-        raise InputError(f"the weights of {', '.join(other)} are not those of the manifest; the result would differ")
-
-
-def _names(objects: Sequence[Sequence[str]]) -> list[str]:
-    """A file name for each object: its first picture's, numbered where several are the same."""
-    names: list[str] = []
-    for pictures in objects:
-        stem, number = Path(pictures[0]).stem, 1
-        name = stem
-        while name in names:
-            number += 1
-            name = f"{stem}-{number}"
-        names.append(name)
-    return names
-
-
-def _naming(pictures: Sequence[str], message: str) -> str:
-    return message if any(path in message for path in pictures) else f"{', '.join(pictures)}: {message}"
+def _tell(failures: list[tuple[Item, Exception]], total: int) -> None:
+    """List what failed and leave with exit code 2, or 1 if something was no fault of the input."""
+    for item, error in failures:
+        reason = " ".join(str(error).split())
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        click.echo(f"diff2to3: failed: {item.name} ({', '.join(item.pictures)}): {kind}{reason}", err=True)
+    message = f"{len(failures)} of {total} objects failed; the others are done"
+    if all(isinstance(error, InputError) for _, error in failures):
+        raise InputError(message)
+    click.echo(f"diff2to3: error: {message}", err=True)
+    raise click.exceptions.Exit(1)
 
 
 def _summary(result: dict[str, Any], out: Path) -> str:
     seconds = sum(value for stage, value in result["timings"].items() if stage != "loading")
     files = " ".join(Path(path).name for path in result["files"].values())
     return f"{result['name']}: {result['num_gaussians']:,} Gaussians in {seconds:.1f} s -> {out}: {files}"
-
-
-class _Bars:
-    """Progress on stderr: a bar for each stage of the work."""
-
-    def __init__(self, progress: Any) -> None:
-        self._progress = progress
-
-    @contextmanager
-    def step(self, description: str) -> Iterator[None]:
-        """A pulsing line while something without known length goes on."""
-        task = self._progress.add_task(description, total=None)
-        try:
-            yield
-        finally:
-            self._progress.remove_task(task)
-
-    def callback(self, name: str) -> Callback:
-        """A callback for `Pipeline` that shows the stages of the object `name`."""
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = self._progress.add_task(f"{name}: {stage}", total=total)
-            self._progress.update(tasks[stage], completed=done, total=total)
-
-        return report
-
-
-@contextmanager
-def _progress() -> Iterator[_Bars]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    # stdout carries results and may be a pipe while stderr is a terminal: rich must not take it over
-    progress = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
-    progress.start()
-    try:
-        yield _Bars(progress)
-    except BaseException:
-        progress.live.transient = True  # leave nothing but the error's own line
-        progress.live.stop()
-        raise
-    progress.stop()

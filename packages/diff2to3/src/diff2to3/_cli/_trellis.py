@@ -22,12 +22,12 @@ def import_trellis(source: str, target: str, dino: str | None) -> None:
     holds all weights but DINOv2's, which stay where --dino says and are not downloaded here.
     """
     from diff2to3._atomic import expect_new
-    from diff2to3._cli._generate import _progress
+    from diff2to3._progress import progress
     from diff2to3._trellis_file import read_description
 
     read_description(Path(source))  # what can be refused without loading PyTorch
     expect_new(Path(target))
-    with _progress() as bars:
+    with progress() as bars:
         with bars.step("loading"):
             from diff2to3._trellis import import_trellis as convert
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diff2to3._atomic import sync
 from diff2to3._errors import InputError
 from diff2to3.train._average import Average, Clip
 from diff2to3.train._learning import Learning
@@ -159,15 +160,15 @@ class Checkpoints:
             for name, tensors in files.items():
                 path = fresh / f"{name}.safetensors"
                 save_file(dict(tensors), path)
-                _sync(path)
+                sync(path)
                 written[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
             (fresh / _META).write_text(json.dumps(meta | {"files": written}))
-            _sync(fresh / _META)
-            _sync(fresh)
+            sync(fresh / _META)
+            sync(fresh)
             if folder.exists():  # a damaged one that was fallen back from
                 shutil.rmtree(folder)
             os.rename(fresh, folder)
-            _sync(self.folder)
+            sync(self.folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
         for step in self.steps()[: -self.keep]:
@@ -284,12 +285,3 @@ def _crc32(path: Path) -> int:
         while chunk := file.read(_CHUNK):
             value = zlib.crc32(chunk, value)
     return value
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
