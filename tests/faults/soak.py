@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import gs_render
@@ -41,7 +42,11 @@ class User(threading.Thread):
         while not self.stop.is_set():
             start = time.monotonic()
             try:
-                self._make(client or self._connect())
+                if client is not None:
+                    self._make(client)
+                else:
+                    with closing(self._connect()) as visitor:  # else its heartbeat says for ever that it is there
+                        self._make(visitor)
                 self.done += 1
             except Exception as error:  # whatever it is: it is what the soak looks for
                 self.errors[f"{type(error).__name__}: {error}"] += 1
