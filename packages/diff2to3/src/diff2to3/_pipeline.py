@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from diff2to3._assemble import assemble, check_fit
 from diff2to3._asset import Asset
 from diff2to3._device import synchronize, usable_device
-from diff2to3._errors import ImageInputError
+from diff2to3._errors import DeviceMemoryError, ImageInputError
+from diff2to3._guards import broken_tensors, check_finite, check_weights, device_memory_error
 from diff2to3._hub import commit_of, upload
 from diff2to3._image import condition_image
 from diff2to3._inputs import ImageSource, read_image
@@ -167,11 +168,35 @@ class Pipeline:
     ) -> list[Asset]:
         """Make several objects at once, one from each entry (a picture, or as many pictures as the other entries have).
 
-        Every object gets the noise that it would get alone. For the arguments see `__call__`.
+        Every object gets the noise that it would get alone. Where the device's memory does not hold all at once, they
+        are made in two halves, and so on. For the arguments see `__call__`.
+
+        Raises:
+            DeviceMemoryError: it does not even hold one.
         """
+        settings: dict[str, Any] = {"seed": seed, "sample": sample, "steps": steps, "guidance": guidance}
+        try:
+            return self._at_once(images, settings, callback)
+        except DeviceMemoryError:
+            if len(images) == 1:
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(images) // 2
+        return [
+            asset
+            for part in (images[:half], images[half:])
+            for asset in self.batch(part, **settings, callback=callback)
+        ]
+
+    def _at_once(
+        self,
+        images: Sequence[ImageSource | Sequence[ImageSource]],
+        settings: dict[str, Any],
+        callback: Callback | None,
+    ) -> list[Asset]:
         timings: dict[str, float] = {}
         timed = functools.partial(_timed, timings, self.device)
-        settings: dict[str, Any] = {"seed": seed, "sample": sample, "steps": steps, "guidance": guidance}
         with timed("image"):
             pictures = [[self.cut_out(view) for view in _as_views(entry)] for entry in images]
         with timed("features"):
@@ -210,8 +235,9 @@ class Pipeline:
         flat = [_condition(view, size, background) for views in pictures for view in views]
         batch = torch.stack(flat).to(device=self.device, dtype=self.dtype)
         own = getattr(extractor, "condition", None)
-        with self._on_device(extractor):
+        with self._at_work("feature_extractor"):
             tokens = extractor.tokens(extractor(batch)) if own is None else own(batch)
+        check_finite("feature_extractor", extractor, tokens)
         return tokens.unflatten(0, (len(pictures), -1))
 
     @torch.no_grad()
@@ -234,7 +260,7 @@ class Pipeline:
         Raises:
             ImageInputError: no voxel of some object is occupied.
         """
-        with self._on_device(self.structure):
+        with self._at_work("structure"):
             voxels = self.structure.sample(
                 condition,
                 seeds=[_mix(seed, sample)] * len(condition),
@@ -242,6 +268,8 @@ class Pipeline:
                 guidance=guidance,
                 callback=_stage(callback, "structure"),
             )
+        if not all(map(len, voxels)):
+            check_weights("structure", broken_tensors(self.structure))
         if empty := [i for i, coords in enumerate(voxels) if not len(coords)]:
             raise ImageInputError(f"no voxel was found occupied for picture {empty[0] + 1}; try another seed")
         return voxels
@@ -268,27 +296,42 @@ class Pipeline:
         noise = self.initial_noise(voxels, seed, sample)
         given = {"steps": steps, "guidance": guidance}
         options = self.config.sampler.model_copy(update={k: v for k, v in given.items() if v is not None})
-        with self._on_device(self.backbone):
-            return make_sampler(options).sample(self.backbone, noise, condition, callback=_stage(callback, "latents"))
+        with self._at_work("backbone"):
+            sampler = make_sampler(options)
+            latents = sampler.sample(self.backbone, noise, condition, callback=_stage(callback, "latents"))
+        check_finite("backbone", self.backbone, latents.features)
+        return latents
 
     @torch.no_grad()
     def decode(self, latents: SparseTensor) -> list[Gaussians]:
         """Latents from `fill_voxels` -> float32 Gaussians of each object."""
-        with self._on_device(self.latent_decoder):
+        with self._at_work("latent_decoder"):
             objects = self.latent_decoder(self.denormalise(latents))
+        for made in objects:
+            check_finite("latent_decoder", self.latent_decoder, made.means, made.scales, made.opacities, made.sh)
         return [gaussians.to(dtype=torch.float32) for gaussians in objects]
 
     @contextmanager
-    def _on_device(self, component: Any) -> Iterator[None]:
-        """The component on the pipeline's device; with `low_vram` it comes for this block and goes back after it."""
-        if not (self.low_vram and isinstance(component, nn.Module)):
-            yield
-            return
-        component.to(self.device)
+    def _at_work(self, role: str) -> Iterator[None]:
+        """A component on the pipeline's device; with `low_vram` it comes for this block and goes back after it.
+
+        Raises:
+            DeviceMemoryError: the device has too little memory for it.
+        """
+        component = self.components[role]
+        travels = self.low_vram and isinstance(component, nn.Module)
         try:
+            if travels:
+                component.to(self.device)
             yield
+        except torch.OutOfMemoryError as error:
+            ways = [] if self.low_vram else ["--low-vram (low_vram=True)"]
+            ways += ["--dtype bfloat16"] if self.dtype == torch.float32 else []
+            ways += ["--guidance 0, which halves the batch", "fewer pictures of the object", "--device cpu"]
+            raise device_memory_error(self.device, f"the {role}", error, ways) from error
         finally:
-            component.to("cpu")
+            if travels:
+                component.to("cpu")
 
     def initial_noise(self, voxels: Sequence[Int[Tensor, "l 3"]], seed: int, sample: int = 0) -> SparseTensor:
         """float32 noise on the occupied voxels; it depends on (seed, sample, voxel) alone."""

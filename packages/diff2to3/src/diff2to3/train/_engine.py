@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diff2to3._atomic import writing
 from diff2to3._errors import InputError
+from diff2to3._guards import device_memory_error
 from diff2to3.train._ahead import Ahead, ReadAhead
 from diff2to3.train._average import Average, Clip
 from diff2to3.train._checkpoint import read_weights, save_model
@@ -33,6 +34,7 @@ from diff2to3.train._parallel import (
 )
 from diff2to3.train._stage import Batch, Stage, to_device
 from diff2to3.train._state import Checkpoints
+from diff2to3.train._stop import Stop
 
 
 class Schedule:
@@ -63,13 +65,29 @@ def train(
         config: settings.
         resume: go on from the last checkpoint of ``config.out``, if there is one.
         on_step: called with the number of steps done after each of them.
+
+    Raises:
+        SystemExit, KeyboardInterrupt: the process was told to end, by SIGTERM or Ctrl-C; the run is saved. The second
+            one ends it at once.
+        DeviceMemoryError: a step does not fit into the device's memory.
     """
     run = _Run(stage, config, resume)
     try:
-        run.to_the_end(on_step)
+        with run.stop.listening():
+            run.to_the_end(on_step)
+    except torch.OutOfMemoryError as error:
+        where = f"step {run.step + 1}"
+        raise device_memory_error(run.accelerator.device, where, error, _what_to_lower(config)) from error
     finally:
         run.close()
     return run.figures
+
+
+def _what_to_lower(config: TrainConfig) -> list[str]:
+    size = f"batch_size ({config.batch_size})" if config.max_voxels is None else f"max_voxels ({config.max_voxels})"
+    ways = [f"a lower {size} and more to accumulate ({config.accumulate})"]
+    ways += [] if config.gradient_checkpointing else ["gradient_checkpointing: true"]
+    return [*ways, "precision: bf16"] if config.precision == "fp32" else ways
 
 
 class _Run:
@@ -114,6 +132,7 @@ class _Run:
             if meta is not None:
                 self.step, self.item, spent = meta["step"], meta["item"], meta["seconds"]
                 self.accelerator.print(f"resumed at step {self.step}")
+        self.stop = Stop(self.accelerator)
         self.schedule, self.log = Schedule(config), Log(config, self.accelerator)
         self.validation = _validation_batch(stage, config, device)
         self.read_ahead: ReadAhead | None = None
@@ -142,13 +161,19 @@ class _Run:
                 self._validate(seconds, self.validation)
             if config.sample_every is not None and (self.step % config.sample_every == 0 or done):
                 self._sample()
-            if config.checkpoint_every is not None and (self.step % config.checkpoint_every == 0 or done):
-                meta = {"step": self.step, "item": self.item, "seconds": self.clock.read()}
-                gather_back(self.stage)
-                self.checkpoints.save(self.learning, self.average, self.optimizers, self.clip, meta)
+            stopped = not done and self.stop.is_asked(self.step)
+            if config.checkpoint_every is not None and (self.step % config.checkpoint_every == 0 or done or stopped):
+                self._save()
             if on_step is not None:
                 on_step(self.step)
+            if stopped:
+                self.stop.leave(self.step)
         self._finish()
+
+    def _save(self) -> None:
+        meta = {"step": self.step, "item": self.item, "seconds": self.clock.read()}
+        gather_back(self.stage)
+        self.checkpoints.save(self.learning, self.average, self.optimizers, self.clip, meta)
 
     def close(self) -> None:
         """Ends the threads and the trackers."""
