@@ -25,6 +25,7 @@ import numpy as np
 from _gs_render_reading import read_json
 from PIL import Image
 
+from diff2to3._atomic import writing
 from diff2to3._errors import InputError
 
 # whose versions a manifest names, where they are installed: what a stage's tensors can depend on
@@ -203,16 +204,21 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Writes a whole file or nothing; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a whole file or nothing; makes its folder.
+
+    Raises:
+        OutputError: the file system does not let it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
-        with temporary.open("xb") as file:
-            file.write(payload)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
+            with temporary.open("xb") as file:
+                file.write(payload)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:

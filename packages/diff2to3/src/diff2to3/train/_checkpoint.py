@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diff2to3._errors import InputError
+
 C = TypeVar("C", bound=BaseModel)
 
 
@@ -21,7 +23,7 @@ def save_model(folder: Path, config: BaseModel, weights: dict[str, Tensor]) -> N
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, fresh / "model.safetensors")
-    (fresh / "config.json").write_text(config.model_dump_json(indent=1))
+    (fresh / "config.json").write_text(config.model_dump_json(indent=1), encoding="utf-8")
     _replace(fresh, folder)
 
 
@@ -41,15 +43,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a model folder.
 
     Raises:
-        ValueError: missing or broken ``model.safetensors``.
+        ValueError: missing or broken ``model.safetensors``, or a tensor that is not finite, by name.
     """
     path = folder / "model.safetensors"
     try:
-        return load_file(path)
+        weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(why_unreadable(path, error)) from error
     except OSError as error:
         raise ValueError(why_missing(path) or f"{folder}: no usable model.safetensors ({error})") from error
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(f"{path}: tensor {name} holds NaN or infinite numbers")
+    return weights
 
 
 def _replace(fresh: Path, folder: Path) -> None:
