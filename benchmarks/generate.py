@@ -1,13 +1,13 @@
-"""Batch generation: ``diff2to3 generate DIR`` by one process and by workers, in objects a second, and whether they agree.
+"""Batch generation: ``diff2to3 generate DIR`` by one process and by workers: objects a second, and the same files?
 
-    python benchmarks/generate.py                                    # CPU, 2 workers
+    python benchmarks/generate.py                                    # CPU, 2 workers of one thread each
     python benchmarks/generate.py --device cuda --workers 2 --count 32
     python benchmarks/generate.py --device cuda --workers 2 --kill   # a worker is killed half-way
     python benchmarks/generate.py --engine ray
 
-Of N workers each takes one of the GPUs that there are, in turn. The rate counts from the first object on, so that
-loading does not; the whole time of the command, with loading, stands beside it. The pictures are those of examples/,
-turned, so that each is another one.
+Of N workers each takes one of the GPUs that there are, in turn. The rate counts from the moment when each process has
+made an object, so that loading does not; the whole time of the command, with loading, stands beside it. The pictures
+are those of examples/, turned, so that each is another one.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ from pathlib import Path
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent]  # holds smdit.py
 
-from PIL import Image
-
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run: seconds in all, objects a second after the first, contents of its splats by name."""
+    """A run: seconds in all, objects a second once every process has made one, contents of its splats by name."""
 
     seconds: float
     rate: float
@@ -41,13 +39,15 @@ class Result:
 
 
 def write_pictures(folder: Path, count: int) -> None:
+    from PIL import Image
+
     for number in range(count):
         picture = Image.open(EXAMPLES[number % len(EXAMPLES)])
         turned = picture.rotate(7 * (number // len(EXAMPLES)), resample=Image.Resampling.BICUBIC)
         turned.save(folder / f"p{number:03d}.png")
 
 
-def run(pictures: Path, out: Path, options: list[str], kill_after: int | None = None) -> Result:
+def run(pictures: Path, out: Path, options: list[str], processes: int = 1, kill_after: int | None = None) -> Result:
     command = [sys.executable, "-m", "diff2to3", "generate", str(pictures), "-o", str(out), *options]
     start, times = time.perf_counter(), []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -62,7 +62,7 @@ def run(pictures: Path, out: Path, options: list[str], kill_after: int | None = 
     splats = {path.name: path.read_bytes() for path in sorted(out.glob("*.ply"))}
     if len(times) != len(splats):
         raise RuntimeError(f"{len(times)} objects were told and {len(splats)} are there")
-    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+    rate = (len(times) - processes) / (times[-1] - times[processes - 1]) if len(times) > processes else 0.0
     return Result(seconds, rate, splats)
 
 
@@ -96,9 +96,10 @@ def main() -> int:
     parser.add_argument("--format", default="ply", help="files of each object")
     parser.add_argument("--steps", type=int, help="of both stages; default: the pipeline's")
     parser.add_argument("--pipeline", help="default: the embedded one")
+    parser.add_argument("--threads", type=int, default=1, help="of each process, on the CPU")
     parser.add_argument("--kill", action="store_true", help="kill a worker half-way (engine local)")
     options = parser.parse_args()
-    base = ["--device", options.device, "--format", options.format]
+    base = ["--device", options.device, "--format", options.format, "--threads", str(options.threads)]
     base += ["--steps", str(options.steps)] if options.steps else []
     base += ["--pipeline", options.pipeline] if options.pipeline else []
     spread = ["--engine", options.engine, "--workers", str(options.workers)]
@@ -111,7 +112,7 @@ def main() -> int:
         run(EXAMPLES[0], folder / "warm", base)  # compiled kernels are on disk from here on
         for number in range(options.rounds):
             serial.append(run(folder / "in", folder / f"serial{number}", base))
-            workers.append(run(folder / "in", folder / f"workers{number}", base + spread, kill_after))
+            workers.append(run(folder / "in", folder / f"workers{number}", base + spread, options.workers, kill_after))
     one, many = (max(results, key=lambda result: result.rate) for results in (serial, workers))
     same = sum(one.splats[name] == many.splats.get(name) for name in one.splats)
     print(f"{machine(options.device)}; {options.count} objects, {options.format}, best of {options.rounds}\n")

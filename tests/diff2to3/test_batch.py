@@ -43,7 +43,18 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def command(micro_pipeline):
     def build(*arguments):
-        options = ["--pipeline", str(micro_pipeline), "--device", "cpu", "--seed", "3", "--steps", "15"]
+        options = [
+            "--pipeline",
+            str(micro_pipeline),
+            "--device",
+            "cpu",
+            "--seed",
+            "3",
+            "--steps",
+            "15",
+            "--threads",
+            "1",
+        ]
         return ["generate", *map(str, arguments), *options]
 
     return build

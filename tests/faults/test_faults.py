@@ -311,3 +311,26 @@ def test_sigterm_saves_a_training_run(tmp_path):
     work.expected = work.files(tmp_path / "whole")
     assert work.expected
     assert faults.check_end(work, tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_manifest_goes_first_and_comes_last(tmp_path, monkeypatch, moves):
+    """Killed between any two moves, no manifest stands beside files of another make."""
+    from diff2to3 import _atomic
+
+    replace, done = os.replace, []
+    for name in ("a.html", "a.json", "a.ply"):
+        (tmp_path / name).write_text("old")
+
+    def dying(source, target):
+        if len(done) == moves:
+            raise SystemExit(137)
+        done.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(_atomic.os, "replace", dying)
+    with pytest.raises(SystemExit), _atomic.staging(tmp_path, "a", "a.json") as folder:
+        for name in ("a.html", "a.json", "a.ply"):
+            (folder / name).write_text("new")
+    assert not (tmp_path / "a.json").exists()
+    assert done == ["a.html", "a.ply"][:moves]

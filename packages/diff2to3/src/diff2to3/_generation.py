@@ -45,6 +45,7 @@ class Job:
     low_vram: bool
     engine: str
     workers: int
+    threads: int | None
     overwrite: bool
 
 
@@ -133,9 +134,13 @@ class Maker:
         self.job, self.bars = job, bars
         begin = time.perf_counter()
         with bars.step("loading"):
+            import torch
+
             from diff2to3._manifest import describe
             from diff2to3._pipeline import Pipeline
 
+            if job.threads is not None:
+                torch.set_num_threads(job.threads)
             options: dict[str, Any] = {name: getattr(job, name) for name in ("device", "dtype", "low_vram", "revision")}
             self.pipeline = Pipeline.from_pretrained(job.pipeline, **options | job.components)
         self.facts = describe(self.pipeline)

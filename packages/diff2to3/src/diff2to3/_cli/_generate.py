@@ -48,6 +48,11 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 @click.option(
     "--workers", type=click.IntRange(1), help="Processes.  [default: local has this one, ray one a CPU or GPU]"
 )
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads of a process; only the same number gives the same bytes.  [default: the cores, shared out]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a result on stdout.")
 @click.option("--matting", metavar="NAME", help="Component that removes the background.")
 @click.option("--feature-extractor", metavar="NAME", help="Component that makes the condition features.")
@@ -114,6 +119,7 @@ def _job(images: tuple[str, ...], given: dict[str, Any]) -> Job:
         low_vram=given["low_vram"],
         engine=given["engine"],
         workers=given["workers"] or everywhere,
+        threads=given["threads"],
         overwrite=given["overwrite"],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import sys
@@ -39,7 +40,8 @@ class LocalCrew:
         number = next(n for n in range(self.count) if n not in self._running)
         context = get_context("spawn")  # forking a process that holds OpenGL or CUDA state is not safe
         here, there = context.Pipe()
-        arguments = (there, self._pickled, number if self._on_gpu else None)
+        threads = max(1, (os.cpu_count() or 1) // self.count)
+        arguments = (there, self._pickled, threads, number if self._on_gpu else None)
         process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         there.close()
@@ -83,8 +85,10 @@ def _join(process: SpawnProcess) -> None:
         process.join()
 
 
-def _serve(connection: Connection, pickled: bytes, gpu: int | None) -> None:
+def _serve(connection: Connection, pickled: bytes, threads: int, gpu: int | None) -> None:
     """A worker process: an answer for each item, until the pipe is closed."""
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):  # PyTorch and Numba read them when they are imported
+        os.environ.setdefault(name, str(threads))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds: temporary files go
     if gpu is not None:
