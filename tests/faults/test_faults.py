@@ -335,3 +335,25 @@ def test_a_manifest_goes_first_and_comes_last(tmp_path, monkeypatch, moves):
             (folder / name).write_text("new")
     assert not (tmp_path / "a.json").exists()
     assert done == ["a.html", "a.ply"][:moves]
+
+
+@pytest.mark.gpu
+def test_a_gpu_with_little_memory_makes_smaller_batches_and_then_says_what_to_lower():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pictures = [HERE.parents[1] / "examples" / "chair.png"] * 16
+    pipeline = Pipeline.from_pretrained(device="cuda")
+    expected = pipeline(pictures[0])
+    total, needed = torch.cuda.get_device_properties(0).total_memory, torch.cuda.max_memory_reserved()
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 1.5 * needed / total))
+        found = pipeline.batch(pictures)
+        assert len(found) == len(pictures)
+        assert abs(len(found[-1].voxels) - len(expected.voxels)) <= 0.01 * len(expected.voxels)
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**21) / total)
+        with pytest.raises(DeviceMemoryError, match=r"has too little memory for the .*; try --low-vram"):
+            pipeline(pictures[0])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -247,6 +247,31 @@ def test_twenty_kills_at_random_moments(micro_config, shard_data, tmp_path):
     assert same(tmp_path / "killed" / "model", whole.out / "model")
 
 
+def test_a_checkpoint_half_removed_is_not_one(settings, monkeypatch):
+    """Killed while it removes the oldest: what is left of that has another name, and goes with the next."""
+    config, _ = settings
+    remove, killed = _state.shutil.rmtree, []
+
+    def dying(folder, **options):
+        if Path(folder).is_dir() and any(Path(folder).glob("state.json")) and not killed:
+            killed.append(folder)
+            (Path(folder) / "state.json").unlink()
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    monkeypatch.setattr(_state.shutil, "rmtree", dying)
+    short = config.model_copy(update={"keep_checkpoints": 1})
+    with pytest.raises(KeyboardInterrupt):
+        run(short)
+    found = [path for path in (config.out / "checkpoints").iterdir() if path.name.isdigit()]
+    assert killed
+    assert found
+    for checkpoint in found:
+        verify(checkpoint)
+    run(short, resume=True)
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["00000006"]
+
+
 def test_checkpoints_of_older_versions_and_of_other_models_are_explained_in_one_line(micro_config, tmp_path):
     config = micro_config("structure-vae")
     (config.out / "checkpoint").mkdir(parents=True)

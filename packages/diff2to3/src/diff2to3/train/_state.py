@@ -171,9 +171,14 @@ class Checkpoints:
             sync(self.folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+        old = (
+            self.folder / ".old"
+        )  # a checkpoint under its own name is whole, even if this is killed while it removes one
+        shutil.rmtree(old, ignore_errors=True)
         for step in self.steps()[: -self.keep]:
             if step < meta["step"]:
-                shutil.rmtree(self.folder / f"{step:08d}", ignore_errors=True)
+                os.rename(self.folder / f"{step:08d}", old)
+                shutil.rmtree(old, ignore_errors=True)
         return folder
 
 
