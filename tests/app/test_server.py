@@ -139,6 +139,7 @@ def test_command_starts_and_leaves_nothing(micro_pipeline, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
     environment["TMPDIR"] = str(tmp_path)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": tmp_path}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs inherit none
     with subprocess.Popen([*command, "--port", str(port)], **options) as process:
         try:
             assert process.stdout.readline() == f"http://127.0.0.1:{port}/\n"

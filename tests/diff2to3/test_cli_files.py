@@ -147,5 +147,5 @@ def test_generate_on_a_full_disk_leaves_nothing(micro_pipeline, tmp_path, small_
     ImageDraw.Draw(picture).ellipse((10, 10, 50, 50), fill=(200, 30, 40, 255))
     picture.save(tmp_path / "ball.png")
     options = ("--pipeline", micro_pipeline, "--format", "ply", "-o", tmp_path / "out")
-    assert "out/ball cannot be written" in refuses("generate", tmp_path / "ball.png", *options)
+    assert "cannot be written: File too large" in refuses("generate", tmp_path / "ball.png", *options)
     assert not (tmp_path / "out").exists()

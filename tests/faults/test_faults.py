@@ -3,6 +3,7 @@
 `run.py`, `memory.py` and `soak.py` beside this file do the same at length.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -292,11 +293,9 @@ def test_pictures_that_fit_no_memory_are_refused_by_their_header(tmp_path):
 
 def test_sigterm_saves_a_training_run(tmp_path):
     """Told to end, it ends after the step at hand, with a checkpoint of it; the end is that of an undisturbed run."""
-    sys.path.insert(0, str(HERE))
-    try:
-        import run as faults
-    finally:
-        sys.path.remove(str(HERE))
+    spec = importlib.util.spec_from_file_location("faults_run", HERE / "run.py")
+    faults = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faults)
     (tmp_path / "input").mkdir()
     work = faults.training(tmp_path / "input", checkpoint_every=1000)
     pid = faults.forked(work, tmp_path / "out")

@@ -5,6 +5,7 @@ program when it is read.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file")
     with path.open("rb") as file:
-        data = file.read(most + 1)
+        size = os.fstat(file.fileno()).st_size  # `read` makes room for all that it is asked for
+        data = file.read(min(size, most + 1))
     if len(data) > most:
         raise ValueError(f"{path} has more than {most:,} bytes, which no description needs")
     try:
