@@ -36,7 +36,7 @@ EXTRAS = {
     "spconv-cu126": ("3.12", "3.13"),
 }
 
-pytestmark = [pytest.mark.packaging, pytest.mark.network, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.network, pytest.mark.timeout(600)]
 
 
 def compile_for(python, platform, *arguments, text=None):

@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-pytestmark = pytest.mark.packaging
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
 WORKSPACE = {
     "marope": "marope",

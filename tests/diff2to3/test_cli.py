@@ -343,6 +343,27 @@ def test_interruption_leaves_nothing(ball, micro_pipeline, tmp_path, how):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_a_callback_is_heard(how):
+    """Python ignores what is raised there."""
+    code = (
+        "import os, sys, time, weakref, diff2to3._cli as cli\n"
+        "class Held: pass\n"
+        "def command(**options):\n"
+        "    held = Held()\n"
+        f"    seen = weakref.ref(held, lambda _: (os.kill(os.getpid(), {int(how)}), time.sleep(0.1)))\n"
+        "    del held\n"
+        "    time.sleep(20)\n"
+        "cli.cli.main = command\n"
+        "cli.main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, preexec_fn=hear_interrupts
+    )
+    assert result.returncode == 128 + how
+    assert "Traceback" not in result.stderr
+
+
 def test_a_fault_is_no_bad_input(micro_pipeline, ball, tmp_path):
     """Exit code 1 and a traceback: the user did nothing wrong."""
     code = (

@@ -43,6 +43,7 @@ def path_with_pip(tmp_path_factory):
     return programs, site
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", RUNS)
 def test_code_runs(name, path_with_pip, tmp_path):

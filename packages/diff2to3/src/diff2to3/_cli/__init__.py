@@ -67,7 +67,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    hear_signals()
     speak_plainly()
     try:
         code = cli.main(standalone_mode=False)
@@ -82,6 +82,12 @@ def main() -> None:
         click.echo("diff2to3: interrupted", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def hear_signals() -> None:
+    """SIGTERM unwinds the stack, and it does as Ctrl-C does even where Python drops what a signal raises."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _raise_again
 
 
 def speak_plainly() -> None:
@@ -125,3 +131,17 @@ def _show_log(name: str) -> None:
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     sys.exit(128 + signum)  # unwinds the stack, so that half-written files are removed
+
+
+def _raise_again(dropped: sys.UnraisableHookArgs) -> None:
+    """A signal that comes inside a destructor or a callback (imports have many) would be lost: raise it after that."""
+    end = dropped.exc_value
+    if not isinstance(end, SystemExit | KeyboardInterrupt) or not hasattr(signal, "setitimer"):
+        sys.__unraisablehook__(dropped)
+        return
+
+    def raise_end(signum: int, frame: FrameType | None) -> None:
+        raise end
+
+    signal.signal(signal.SIGALRM, raise_end)
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
