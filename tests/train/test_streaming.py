@@ -119,8 +119,10 @@ def test_memory_does_not_grow_with_the_data_set(micro_config, tmp_path, folder_d
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
-    assert peaks[0] < 1_000_000  # the largest thing is one object's file, read whole to compare its SHA-256
     assert peaks[1] > 8_000_000, peaks
+    # The largest thing is one object's file, read whole to compare its SHA-256: 0.3 MB. What threads that earlier tests
+    # left running take meanwhile counts too.
+    assert peaks[0] < peaks[1] / 3, peaks
 
 
 def test_missing_and_cut_off_shards_are_refused_at_the_start(micro_config, shards):
