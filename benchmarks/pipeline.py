@@ -61,10 +61,11 @@ def make_pipeline(config: PipelineConfig, device: str, dtype: str, low_vram: boo
     components = {}
     for role in PIPELINE_ROLES:
         chosen = config.roles[role.name]
-        component = build(role, chosen.name, chosen.config)
-        for parameter in component.parameters() if isinstance(component, torch.nn.Module) else ():
-            torch.nn.init.normal_(parameter, std=0.02)
-        components[role.name] = component
+        with torch.device(device):  # a billion random weights take half a minute on a CPU
+            component = build(role, chosen.name, chosen.config)
+            for parameter in component.parameters() if isinstance(component, torch.nn.Module) else ():
+                torch.nn.init.normal_(parameter, std=0.02)
+        components[role.name] = component.cpu() if isinstance(component, torch.nn.Module) else component
     return Pipeline(config, components, device=device, dtype=dtype, low_vram=low_vram)
 
 

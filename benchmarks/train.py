@@ -203,6 +203,12 @@ class Busy:
             self.share = busy / (until - spans[0][0])
 
 
+def made_on(device: str, name: str, config: TrainConfig) -> Any:
+    """The stage, its weights drawn on the device: a billion of them take half a minute on a CPU."""
+    with torch.device(device):
+        return build_stage(name, config)
+
+
 def measure(name: str, config: TrainConfig, steps: int, device: str) -> dict[str, float]:
     """The engine's figures over the second `steps` steps, and the busy share over ten later ones."""
     if device == "cuda":
@@ -211,7 +217,7 @@ def measure(name: str, config: TrainConfig, steps: int, device: str) -> dict[str
     busy = Busy(2 * steps + 2, device)
     config = config.model_copy(update={"steps": 2 * steps + 14, "log_every": steps})
     with contextlib.redirect_stdout(sys.stderr):
-        train(build_stage(name, config), config, on_step=busy)
+        train(made_on(device, name, config), config, on_step=busy)
     figures = next(line for line in logged(config.out) if line["step"] == 2 * steps)
     return figures | {"busy": busy.share}
 
@@ -260,15 +266,12 @@ def speed_rows(name: str, preset: str, size: Size, root: Path, steps: int, devic
 SPEED = ["preset", "stage", "batch", "step, ms", "objects/s", "MFU", "busy", "peak GiB", "times TRELLIS's"]
 
 
-def memory(name: str, config: TrainConfig, recompute: bool) -> float:
+def memory(stage: Any, config: TrainConfig) -> float:
     """Bytes that a step takes at most with a budget of voxels; infinity where it does not fit the device."""
     device = torch.device("cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        stage = build_stage(name, config).to(device)
-        if recompute:
-            recompute_blocks(stage.model)
         batch = to_device(stage.batches(config, "train", device)[0], device)
         stage.prepare(batch)
         optimizer = torch.optim.AdamW([p for p in stage.model.parameters() if p.requires_grad], fused=True)
@@ -283,6 +286,8 @@ def memory(name: str, config: TrainConfig, recompute: bool) -> float:
         return torch.cuda.max_memory_allocated()
     except torch.OutOfMemoryError:
         return float("inf")
+    finally:
+        stage.model.zero_grad(set_to_none=True)
 
 
 def budget_rows(size: Size, root: Path, options: dict) -> list:
@@ -290,12 +295,15 @@ def budget_rows(size: Size, root: Path, options: dict) -> list:
     data, parts = root / "data", {p.name: p for p in (root / "parts").iterdir()}
     rows = []
     for name in ("vae", "flow"):
+        stage = made_on("cuda", name, settings(name, size, data, parts, root / "budget", **options))
         for recompute in (False, True):
+            if recompute:
+                recompute_blocks(stage.model)
             found: dict[int, float] = {}
 
-            def fits(count: int, name=name, recompute=recompute, found=found) -> bool:
+            def fits(count: int, name=name, stage=stage, found=found) -> bool:
                 config = settings(name, size, data, parts, root / "budget", **options | {"batch_size": count})
-                found[count] = memory(name, config, recompute)
+                found[count] = memory(stage, config)
                 return found[count] <= LIMIT
 
             low, high = 0, 1
@@ -307,6 +315,8 @@ def budget_rows(size: Size, root: Path, options: dict) -> list:
                 low, high = (middle, high) if fits(middle) else (low, middle)
             taken = f"{found[low] / 1e9:.1f}" if low else ""
             rows.append([name, "recomputed" if recompute else "kept", f"{low}", f"{low * size.voxels:,}", taken])
+            print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+        del stage, fits
     return rows
 
 

@@ -8,8 +8,9 @@ import torch
 import yaml
 from diff2to3._errors import InputError
 from diff2to3.eval import _ablation
-from diff2to3.eval._ablation import KnownVoxels, run_ablation
+from diff2to3.eval._ablation import run_ablation
 from diff2to3.eval._ablation_config import load_ablation
+from diff2to3.eval._known_voxels import KnownVoxels
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "ablation"
 TRAINING = {"batch_size": 2, "steps": 4, "checkpoint_every": 2, "warmup_steps": 1, "precision": "fp32"}
@@ -176,3 +177,24 @@ def test_published_configs_are_whole(path):
     assert third.backbone == fourth.backbone == "smdit"
     assert third.model | {"position": "marope"} == fourth.model
     assert third.model["position"] == "absolute"
+
+
+def test_processes_share_a_run_folder(finished, config_of, tmp_path, monkeypatch):
+    """Rows on their own, a lock that another process holds, and a configuration with other rows beside."""
+    from filelock import FileLock
+
+    out = tmp_path / "run"
+    assert "Exp 1 (0 seeds)" in run_ablation(config_of(out), rows=["Exp 4"])
+    assert set(results(out)) == {"Exp 4-0", "vae diffusion-0"}
+    with FileLock(out / "locks" / "vae semantic-0.lock"):
+        run_ablation(config_of(out), rows=["Exp 1"], minutes=0.02)
+        assert set(results(out)) == {"Exp 4-0", "vae diffusion-0"}
+    assert run_ablation(config_of(out)) == finished[1]
+    other = {"Joint": {"features": "diffusion", "backbone": "smdit", "model": JOINT}}
+    text = run_ablation(config_of(out, rows=other, tables="studies"))
+    assert "| Joint (1 seeds) |" in text
+    assert "Exp 1 (" not in text
+    assert (out / "studies" / "table.md").read_text() == f"# Ablation\n\n{text}\n"
+    assert "Exp 1 (1 seeds)" in (out / "table.md").read_text()
+    with pytest.raises(InputError, match="'Exp 9': unknown; the configuration has Exp 1, Exp 4"):
+        run_ablation(config_of(out), rows=["Exp 9"])

@@ -21,16 +21,16 @@ Settings = TypeVar("Settings", bound=BaseModel)
 def load_settings(path: Path, overrides: Sequence[str], model: type[Settings]) -> Settings:
     """Reads the file and applies ``key=value`` overrides (dotted keys reach into mappings, values are YAML).
 
+    ``base: FILE`` in it names a file of the same folder whose settings stand for those that it does not have itself.
+
     Raises:
         InputError: not YAML, an unknown key, or a value of the wrong type.
     """
-    try:
-        values = _parse(_text(path))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: got {type(values).__name__}, expected a mapping of settings")
+    values = _read(path)
+    if (base := values.pop("base", None)) is not None:
+        if not isinstance(base, str) or Path(base).name != base:
+            raise InputError(f"{path}: base is {_short(base)}, expected the name of a file in the same folder")
+        values = _read(path.parent / base) | values
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -51,6 +51,17 @@ def load_settings(path: Path, overrides: Sequence[str], model: type[Settings]) -
             f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()
         )
         raise InputError(f"{path}: {problems}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = _parse(_text(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: got {type(values).__name__}, expected a mapping of settings")
+    return values
 
 
 def _parse(text: str) -> Any:

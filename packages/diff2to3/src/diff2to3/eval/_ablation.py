@@ -1,7 +1,8 @@
 """Trains and scores the rows of the paper's table 3. Every part of the work is done once and kept in the run folder:
 
 ``data/`` features and latents beside links to the data set, ``vae/`` and ``flow/`` the runs of `diff2to3 train`,
-``results/`` what was found, and ``table.md``, ``results.json`` and ``index.html`` of all of it.
+``results/`` what was found, and ``table.md``, ``results.json`` and ``index.html`` of all of it. Several processes may
+work in one run folder: each part is done by the first that comes to it, under its file in ``locks/``.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +21,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from jaxtyping import Int
+from filelock import FileLock, Timeout
 from sparse_vae import SparseVAE, SparseVAEConfig
-from torch import Tensor, nn
 
 from diff2to3._device import usable_device
 from diff2to3._errors import InputError
@@ -36,6 +36,7 @@ from diff2to3.data._store import Store, settings_hash, write_atomically
 from diff2to3.eval._ablation_config import AblationConfig, Row, row_digest
 from diff2to3.eval._ablation_table import write_tables
 from diff2to3.eval._generation import evaluate_generation, pipeline_maker
+from diff2to3.eval._known_voxels import KnownVoxels
 from diff2to3.eval._networks import open_networks
 from diff2to3.eval._protocol import Protocol, freeze_protocol, read_protocol
 from diff2to3.eval._reconstruction import evaluate_reconstruction
@@ -54,7 +55,11 @@ class _OutOfTimeError(Exception):
 
 
 def run_ablation(
-    config: AblationConfig, merge: Sequence[Path] = (), minutes: float | None = None, table_only: bool = False
+    config: AblationConfig,
+    merge: Sequence[Path] = (),
+    minutes: float | None = None,
+    table_only: bool = False,
+    rows: Sequence[str] = (),
 ) -> str:
     """Does what is left to do and writes the table; returns it.
 
@@ -62,47 +67,26 @@ def run_ablation(
         merge: run folders of the same experiments, with other seeds or on other machines, whose results join the table.
         minutes: begin nothing new after so long; training stops at its next checkpoint.
         table_only: the table of what is there already.
+        rows: work on these only, while other processes or machines work on the others; the table has all rows.
 
     Raises:
-        InputError: the folder was begun with other settings, a backbone is unknown, or the data set lacks something.
+        InputError: the folder was begun with other settings, a backbone, row or part of the data set is missing.
     """
+    if unknown := [name for name in rows if name not in config.rows]:
+        raise InputError(f"row {unknown[0]!r}: unknown; the configuration has {', '.join(config.rows)}")
     for row in config.rows.values():
         registry().find(BACKBONE.name, row.backbone)
     store = Store(config.data)
-    protocol = _frozen(config, store)
-    run = _Run(config, store, protocol, None if minutes is None else time.monotonic() + 60 * minutes)
-    _same_settings(config, run.identity)
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    run = _Run(config, store, tuple(rows or config.rows), deadline)
+    with run.alone("settings"):
+        _same_settings(config, run.identity)
     if not table_only:
         try:
             run.all()
         except _OutOfTimeError:
             click.echo("ablation: out of time; the same command goes on", err=True)
-    return write_tables(config, store, protocol, run.identity, merge)
-
-
-class KnownVoxels(nn.Module):
-    """A structure that was told the voxels: what is compared is the second stage, on the same voxels in every row."""
-
-    def __init__(self, condition_channels: int, grid_size: int) -> None:
-        super().__init__()
-        self.condition_channels, self.grid_size = condition_channels, grid_size
-        self._told: list[Tensor] = []
-
-    def tell(self, coords: list[Int[Tensor, "L 3"]]) -> None:
-        """Voxels of the objects of the next batch."""
-        self._told = coords
-
-    def sample(
-        self,
-        condition: Tensor,
-        *,
-        seeds: Sequence[int],
-        steps: int | None = None,
-        guidance: float | None = None,
-        callback: Callable[[int, int], None] | None = None,
-    ) -> list[Int[Tensor, "L 3"]]:
-        """What was told."""
-        return [coords.to(condition.device, torch.int32) for coords in self._told]
+    return write_tables(config, store, run.protocol, run.identity, merge)
 
 
 @dataclass
@@ -111,15 +95,40 @@ class _Run:
 
     config: AblationConfig
     store: Store
-    protocol: Protocol
+    names: tuple[str, ...]
     deadline: float | None
 
     def all(self) -> None:
-        draw_truth(self.store, self.config.source, self.protocol, self.config.scoring.renderer)
+        with self.alone("truth"):
+            draw_truth(self.store, self.config.source, self.protocol, self.config.scoring.renderer)
         for seed in self.config.seeds:  # the first seed of every row before the second of any
-            for name, row in self.config.rows.items():
-                self.vae_scores(row.features, seed)
-                self.row_scores(name, row, seed)
+            for name in self.names:
+                row = self.config.rows[name]
+                with self.alone(f"scores of {name}-{seed}"):
+                    self.row_scores(name, row, seed)
+                with self.alone(f"scores of vae {row.features}-{seed}"):
+                    self.vae_scores(row.features, seed)
+
+    @contextmanager
+    def alone(self, part: str) -> Iterator[None]:
+        """Other processes that come to the same part wait here until it is done; a dead one's lock is free."""
+        left = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        file = self.config.out / "locks" / f"{part}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(file, timeout=left):
+                yield
+        except Timeout:
+            raise _OutOfTimeError from None
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        """The protocol of the run folder, frozen by its first run."""
+        path, scoring = self.config.out / "protocol.json", self.config.scoring
+        with self.alone("protocol"):
+            if not path.is_file():
+                freeze_protocol(self.store, scoring.split, scoring.limit, scoring.size).write(path)
+        return read_protocol(path)
 
     @cached_property
     def ids(self) -> list[str]:
@@ -138,18 +147,19 @@ class _Run:
 
     def features(self, name: str) -> Store:
         """Data set with the features of an extractor."""
-        folder = _linked(self.config.out / "data" / name, self.config.data, ("objects.csv", "render", "voxels"))
-        lift, lifted = self.config.lift, folder.root / "lifted.json"
-        if lifted.is_file():
+        with self.alone(f"features {name}"):
+            folder = _linked(self.config.out / "data" / name, self.config.data, ("objects.csv", "render", "voxels"))
+            lift, lifted = self.config.lift, folder.root / "lifted.json"
+            if lifted.is_file():
+                return folder
+            self._begin(f"features {name}")
+            choice = self.config.extractors[name]
+            work, digest = load_lifting(choice, self.config.device, folder, lift, self.config.grid_size)
+            failures = lift_objects(work, folder, self.ids, lift, digest, self.config.grid_size)
+            _refuse(failures, f"features {name}")
+            what = {"extractor": type(work.extractor).__name__, "channels": work.extractor.channels, "weights": digest}
+            write_atomically(lifted, json.dumps(what).encode())
             return folder
-        self._begin(f"features {name}")
-        choice = self.config.extractors[name]
-        work, digest = load_lifting(choice, self.config.device, folder, lift, self.config.grid_size)
-        failures = lift_objects(work, folder, self.ids, lift, digest, self.config.grid_size)
-        _refuse(failures, f"features {name}")
-        what = {"extractor": type(work.extractor).__name__, "channels": work.extractor.channels, "weights": digest}
-        write_atomically(lifted, json.dumps(what).encode())
-        return folder
 
     def vae(self, name: str, seed: int) -> Path:
         """Model folder of a trained 2to3-VAE that knows the statistics of its latents."""
@@ -163,18 +173,19 @@ class _Run:
         """Data set with the latents of that VAE."""
         vae, features = self.vae(name, seed), self.features(name)
         stages = ("objects.csv", "render", "voxels", "features")
-        folder = _linked(self.config.out / "data" / f"{name}-{seed}", features.root, stages)
-        if read_config(vae, SparseVAEConfig).latent_mean is not None:
+        with self.alone(f"latents {name}-{seed}"):
+            folder = _linked(self.config.out / "data" / f"{name}-{seed}", features.root, stages)
+            if read_config(vae, SparseVAEConfig).latent_mean is not None:
+                return folder
+            self._begin(f"latents {name}, seed {seed}")
+            work, digest = load_encoding(vae, self.config.device, folder)
+            _refuse(encode_objects(work, folder, self.ids, digest), f"latents {name}")
+            train_ids = {row["id"] for row in folder.objects("train")}
+            mean, std = latent_statistics(folder, [i for i in self.ids if i in train_ids])
+            update = {"latent_mean": tuple(mean), "latent_std": tuple(std)}
+            config = read_config(vae, SparseVAEConfig).model_copy(update=update)
+            write_atomically(vae / "config.json", config.model_dump_json(indent=1).encode())
             return folder
-        self._begin(f"latents {name}, seed {seed}")
-        work, digest = load_encoding(vae, self.config.device, folder)
-        _refuse(encode_objects(work, folder, self.ids, digest), f"latents {name}")
-        train_ids = {row["id"] for row in folder.objects("train")}
-        mean, std = latent_statistics(folder, [i for i in self.ids if i in train_ids])
-        update = {"latent_mean": tuple(mean), "latent_std": tuple(std)}
-        config = read_config(vae, SparseVAEConfig).model_copy(update=update)
-        write_atomically(vae / "config.json", config.model_dump_json(indent=1).encode())
-        return folder
 
     def flow(self, name: str, row: Row, seed: int) -> Path:
         """Model folder of a trained flow."""
@@ -260,9 +271,6 @@ class _Run:
         model: Mapping[str, Any],
         parts: Mapping[str, Any],
     ) -> None:
-        if (folder / "model" / "config.json").is_file():
-            return
-        self._begin(f"{stage} {folder.name}")
         if given := _OWN & set(settings):
             raise InputError(f"{stage}: the ablation gives {', '.join(sorted(given))} itself; take it out")
         values = {
@@ -284,8 +292,12 @@ class _Run:
             if every is not None and step % every == 0 and step < config.steps:
                 self._check_time()
 
-        with redirect_stdout(sys.stderr):  # the table alone goes to stdout
-            train(build_stage(stage, config), config, resume=True, on_step=on_step)
+        with self.alone(f"{stage} {folder.name}"):
+            if (folder / "model" / "config.json").is_file():
+                return
+            self._begin(f"{stage} {folder.name}")
+            with redirect_stdout(sys.stderr):  # the table alone goes to stdout
+                train(build_stage(stage, config), config, resume=True, on_step=on_step)
 
     def _begin(self, what: str) -> None:
         self._check_time()
@@ -354,20 +366,11 @@ class _Run:
         write_atomically(folder / f"{name}-{seed}.json", json.dumps(result, indent=1).encode())
 
 
-def _frozen(config: AblationConfig, store: Store) -> Protocol:
-    """The protocol of the run folder, frozen by its first run."""
-    path, scoring = config.out / "protocol.json", config.scoring
-    if path.is_file():
-        return read_protocol(path)
-    protocol = freeze_protocol(store, scoring.split, scoring.limit, scoring.size)
-    protocol.write(path)
-    return protocol
-
-
 def _same_settings(config: AblationConfig, identity: str) -> None:
     """Keeps what a run folder was begun with, and refuses to go on with anything else."""
     path = config.out / "ablation.json"
-    now = config.model_dump(mode="json", exclude={"data", "source", "out", "seeds", "device"})
+    left_out: Any = dict.fromkeys(("data", "source", "out", "tables", "seeds", "device"), True)
+    now = config.model_dump(mode="json", exclude=left_out | {"rows": {"__all__": {"marks"}}})
     if not path.is_file():
         write_atomically(path, json.dumps({"identity": identity, "config": now}, indent=1).encode())
         return

@@ -63,6 +63,7 @@ class AblationConfig(_Config):
         data: data set with stages render and voxels.
         source: folder of its meshes, which the truth is drawn from.
         out: run folder.
+        tables: folder in it for the tables, where several configurations share what they train.
         seeds: each row is trained and scored once with each; a VAE is shared by the rows of its features and seed.
         grid_size: of voxels and latents.
         frame: of the objects that the flows are trained on.
@@ -76,6 +77,7 @@ class AblationConfig(_Config):
     data: Path
     source: Path | None = None
     out: Path
+    tables: str = "."
     seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1)
     device: str | None = None
     grid_size: int = 32
@@ -97,7 +99,7 @@ class AblationConfig(_Config):
     @property
     def digest(self) -> str:
         """16 hexadecimal digits of what a result depends on besides its row, its seed and the objects."""
-        places = {"data", "source", "out", "seeds", "device", "extractors", "rows"}
+        places = {"data", "source", "out", "tables", "seeds", "device", "extractors", "rows"}
         kept = self.model_dump(mode="json", exclude=places)
         return settings_hash(kept | {"scoring": self.scored(kept["scoring"])})
 
@@ -110,7 +112,7 @@ class AblationConfig(_Config):
 
 def row_digest(config: AblationConfig, name: str) -> str:
     """Changes with what a row is made of; empty for what is no row."""
-    return settings_hash(config.rows[name].model_dump(mode="json")) if name in config.rows else ""
+    return settings_hash(config.rows[name].model_dump(mode="json", exclude={"marks"})) if name in config.rows else ""
 
 
 def load_ablation(path: Path, overrides: Sequence[str] = ()) -> AblationConfig:

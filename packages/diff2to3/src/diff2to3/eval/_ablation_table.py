@@ -43,23 +43,30 @@ def write_tables(config: AblationConfig, store: Store, protocol: Protocol, ident
     for name, row in config.rows.items():
         found = list(results.get(name, {}).values())
         rows[names[name]] = dict(zip(MARKS, row.marks, strict=False)) | _spread([r["sets"] for r in found])
-    used = "; ".join(f"{name} are {_extractor(config, name)}" for name in config.extractors)
+    extractors = [name for name in config.extractors if any(row.features == name for row in config.rows.values())]
+    used = "; ".join(f"{name} are {_extractor(config, name)}" for name in extractors)
+    figures = _figures("generation", {names[n]: list(results.get(n, {}).values()) for n in config.rows}, _FIGURES)
+    beside_paper = any(row.marks for row in config.rows.values())  # a study of something else stands alone
+    columns = GENERATION_COLUMNS[:-1] if beside_paper else ()
     tables = [
-        paper_table(ABLATION, rows, GENERATION_COLUMNS[:-1], MARKS),
+        paper_table(ABLATION if beside_paper else {}, rows, columns, MARKS if beside_paper else ()),
         _NOTE.format(features=used),
-        PAPER_NOTE,
-        _figures("generation", {names[n]: list(results.get(n, {}).values()) for n in config.rows}, _FIGURES),
+        *[PAPER_NOTE] * beside_paper,
+        figures,
     ]
-    vaes = {f"VAE of {n} features": list(results.get(f"vae {n}", {}).values()) for n in config.extractors}
+    vaes = {f"VAE of {n} features": list(results.get(f"vae {n}", {}).values()) for n in extractors}
     if any(vaes.values()):
         own = {n: _spread([_means(r) for r in found]) for n, found in vaes.items()}
-        tables.append(paper_table(RECONSTRUCTION, own, RECONSTRUCTION_COLUMNS))
+        paper = RECONSTRUCTION if beside_paper else {}
+        tables.append(paper_table(paper, own, RECONSTRUCTION_COLUMNS))
     everything = [result for seeds in results.values() for result in seeds.values()]
-    write_atomically(config.out / "results.json", json.dumps(everything, indent=1).encode())
-    write_atomically(config.out / "table.md", ("\n\n".join(["# Ablation", *tables]) + "\n").encode())
-    settings = config.model_dump(mode="json", exclude={"data", "source", "out"})
+    folder = config.out / config.tables
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "results.json", json.dumps(everything, indent=1).encode())
+    write_atomically(folder / "table.md", ("\n\n".join(["# Ablation", *tables]) + "\n").encode())
+    settings = config.model_dump(mode="json", exclude={"data", "source", "out", "tables"})
     page = html_page("Ablation", tables, settings, _pictures(config, store, protocol), {})
-    write_atomically(config.out / "index.html", page.encode())
+    write_atomically(folder / "index.html", page.encode())
     return "\n\n".join(tables)
 
 
@@ -85,6 +92,8 @@ def _collect(config: AblationConfig, identity: str, merge: Sequence[Path]) -> di
                 name, seed, same = result["name"], int(result["seed"]), (result["identity"], result["row"])
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{file}: not the result of an ablation ({error})") from error
+            if folder == config.out and result["row"] and name not in config.rows:
+                continue  # of a configuration that shares the run folder
             if same != (identity, row_digest(config, name)):
                 raise InputError(f"{file}: of other settings, objects or cameras than {config.out}; cannot be merged")
             found.setdefault(name, {})[seed] = result

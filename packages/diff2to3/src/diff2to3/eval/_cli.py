@@ -181,10 +181,16 @@ def generation(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting (dotted keys, YAML values)."
 )
 @click.option("--merge", multiple=True, type=_FOLDER, help="Run folder whose results join the table (repeatable).")
+@click.option("--row", "rows", multiple=True, help="Work on this row only (repeatable); others may run beside.")
 @click.option("--minutes", type=float, help="Begin nothing new after this time; the next run goes on.")
 @click.option("--table-only", is_flag=True, help="Train and score nothing: write the table of what is there.")
 def ablation(
-    config: Path, overrides: tuple[str, ...], merge: tuple[Path, ...], minutes: float | None, table_only: bool
+    config: Path,
+    overrides: tuple[str, ...],
+    merge: tuple[Path, ...],
+    rows: tuple[str, ...],
+    minutes: float | None,
+    table_only: bool,
 ) -> None:
     """Train and score the rows of the paper's table 3 as CONFIG says; what is done is not done again."""
     from diff2to3.eval._ablation_config import load_ablation
@@ -192,7 +198,7 @@ def ablation(
     settings = load_ablation(config, overrides)
     from diff2to3.eval._ablation import run_ablation
 
-    click.echo(run_ablation(settings, merge, minutes, table_only))
+    click.echo(run_ablation(settings, merge, minutes, table_only, rows))
 
 
 def _method(name: str, assets: Path | None, convention: tuple[str, ...], protocol: Protocol, renderer: str) -> Any:
