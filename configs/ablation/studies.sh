@@ -31,7 +31,8 @@ channels)
 visibility) ablation "$config" "$out/visibility" --set lift.visibility=depth --row "Exp 4" "${@:5}" ;;
 gaussians-*)
     ablation "$config" "$out/$study" --row "Exp 4" \
-        --set "vae.model.gaussians={num_gaussians: ${study#*-}, scale_bias: 0.016, min_scale: 0.0018}" "${@:5}"
+        --set vae.model.gaussians.num_gaussians="${study#*-}" --set vae.model.gaussians.scale_bias=0.016 \
+        --set vae.model.gaussians.min_scale=0.0018 "${@:5}"  # the other two as in the preset
     ;;
 *) echo "$study: no such study; expected backbone, channels, visibility or gaussians-N" >&2 && exit 2 ;;
 esac
