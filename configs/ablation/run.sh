@@ -10,6 +10,7 @@
 #   LIMIT        objects of a split that are used (default: all)
 #   WORKERS      processes that render and voxelize (default: all cores)
 #   GRID, SIZE   of voxels and pictures, where CONFIG is another one (micro.yaml: 16 and 64)
+#   VIEWS        for features (default 24; micro.yaml: 8)
 set -euo pipefail
 assets=$1 out=$2 vgg=$3
 here=$(cd "$(dirname "$0")" && pwd)
@@ -19,6 +20,6 @@ prepare() {  # prepare STAGE OPTIONS...
         ${LIMIT:+--limit "$LIMIT"} "${@:2}"
 }
 prepare voxelize ${GRID:+--grid-size "$GRID"}
-prepare render ${SIZE:+--size "$SIZE" --views 8 --extra-views 2 --condition-views 4}
+prepare render ${SIZE:+--size "$SIZE"} --views "${VIEWS:-24}" --extra-views 4 --condition-views 8
 python3 -m diff2to3 eval ablation "${CONFIG:-$here/tiny.yaml}" --set data="$data" --set source="$assets" --set out="$out/run" \
     --set extractors.semantic.source="$vgg" --set scoring.lpips="$vgg" --set scoring.networks.vgg="$vgg" "${@:4}"

@@ -6,7 +6,7 @@
 # STUDY is one of
 #   backbone      plane of MARoPE, and double against single blocks: OUT/run/backbone
 #   channels      autoencoders of 16 and 32 channels, trained on the same data: OUT/run/channels
-#   visibility    features from visible views only, against all: OUT/visibility against Exp 4 of OUT/run
+#   visibility    features from all views, not the seeing ones alone: OUT/visibility against Exp 4 of OUT/run
 #   gaussians-N   N Gaussians a voxel, against 8: OUT/gaussians-N against Exp 4 of OUT/run
 set -euo pipefail
 assets=$1 out=$2 vgg=$3 study=$4
@@ -28,7 +28,7 @@ channels)
     ablation "$here/channels.yaml" "$out/run" --set extractors.sixteen.source="$out/autoencoder16/model" \
         --set extractors.thirty-two.source="$out/autoencoder32/model" "${@:5}"
     ;;
-visibility) ablation "$config" "$out/visibility" --set lift.visibility=depth --row "Exp 4" "${@:5}" ;;
+visibility) ablation "$config" "$out/visibility" --set lift.visibility=all --row "Exp 4" "${@:5}" ;;
 gaussians-*)
     ablation "$config" "$out/$study" --row "Exp 4" \
         --set vae.model.gaussians.num_gaussians="${study#*-}" --set vae.model.gaussians.scale_bias=0.016 \

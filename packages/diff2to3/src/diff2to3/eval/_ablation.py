@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ class _Run:
     store: Store
     names: tuple[str, ...]
     deadline: float | None
+    _extractors: dict[str, Any] = field(default_factory=dict)
 
     def all(self) -> None:
         with self.alone("truth"):
@@ -313,10 +314,6 @@ class _Run:
             self._extractors[name] = open_extractor(self.config.extractors[name]).to(self._place)  # type: ignore[attr-defined]
         return self._extractors[name]
 
-    @cached_property
-    def _extractors(self) -> dict[str, Any]:
-        return {}
-
     @torch.no_grad()
     def _token_channels(self, name: str) -> int:
         extractor = self._extractor(name)
@@ -361,16 +358,17 @@ class _Run:
             "identity": self.identity,
             "row": row_digest(self.config, name),
             "sets": scores.sets | more,
+            "summary": summary(scores.objects),
+            "objects": scores.objects,
         }
-        result |= {"summary": summary(scores.objects), "objects": scores.objects}
         write_atomically(folder / f"{name}-{seed}.json", json.dumps(result, indent=1).encode())
 
 
 def _same_settings(config: AblationConfig, identity: str) -> None:
     """Keeps what a run folder was begun with, and refuses to go on with anything else."""
     path = config.out / "ablation.json"
-    left_out: Any = dict.fromkeys(("data", "source", "out", "tables", "seeds", "device"), True)
-    now = config.model_dump(mode="json", exclude=left_out | {"rows": {"__all__": {"marks"}}})
+    places: Any = dict.fromkeys(("data", "source", "out", "tables", "seeds", "device"), True)
+    now = config.model_dump(mode="json", exclude=places | {"rows": {"__all__": {"marks"}}})
     if not path.is_file():
         write_atomically(path, json.dumps({"identity": identity, "config": now}, indent=1).encode())
         return
