@@ -1,6 +1,7 @@
 """The ablation from end to end at the smallest size: resumes, merges, and refuses what does not belong together."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from diff2to3._errors import InputError
 from diff2to3.eval import _ablation
 from diff2to3.eval._ablation import run_ablation
 from diff2to3.eval._ablation_config import load_ablation
+from diff2to3.eval._ablation_table import _pairs
 from diff2to3.eval._known_voxels import KnownVoxels
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "ablation"
@@ -130,11 +132,26 @@ def test_results_of_another_seed_join(finished, config_of, tmp_path):
     first, second = (v["summary"]["psnr"]["mean"] for v in values)
     assert first != second
     assert f"| Exp 1 (2 seeds) | {(first + second) / 2:.4g} ± " in text
+    assert "| Exp 4 less Exp 1 | " in text
     (other / "results" / "Exp 1-1.json").write_text("{")
     with pytest.raises(InputError, match=r"Exp 1-1.json: not the result of an ablation"):
         run_ablation(config_of(out), merge=[other], table_only=True)
     with pytest.raises(InputError, match="no results there"):
         run_ablation(config_of(out), merge=[tmp_path], table_only=True)
+
+
+def test_differences_are_object_by_object():
+    def seeds(*figures):
+        return {seed: {"objects": [{"psnr": value} for value in values]} for seed, values in enumerate(figures)}
+
+    noise = [10.0, 30.0, 20.0]  # between objects, far more than between the rows
+    better = seeds([v + 1 for v in noise], [v + 3 for v in noise])
+    results = {"a": seeds(noise, noise), "b": better, "c": {7: better[0]}, "d": seeds([9, 31, 24])}
+    table = _pairs(results, {"b": "a", "c": "a", "d": "a", "e": "a"}).splitlines()
+    assert table[2].startswith("| b less a | +2 [+2, +2] | ")
+    mean, low, high = (float(x) for x in re.findall(r"[+-]\d[\d.]*", table[3]))
+    assert (mean, low, high) == (1.33, -1.0, 4.0)
+    assert len(table) == 4
 
 
 def test_other_settings_are_refused(finished, config_of, values, tmp_path):
@@ -205,5 +222,6 @@ def test_processes_share_a_run_folder(finished, config_of, tmp_path, monkeypatch
     assert "Exp 1 (" not in text
     assert (out / "studies" / "table.md").read_text() == f"# Ablation\n\n{text}\n"
     assert "Exp 1 (1 seeds)" in (out / "table.md").read_text()
+    run_ablation(config_of(tmp_path / "merged"), merge=[out], table_only=True)
     with pytest.raises(InputError, match="'Exp 9': unknown; the configuration has Exp 1, Exp 4"):
         run_ablation(config_of(out), rows=["Exp 9"])

@@ -29,6 +29,11 @@ _FIGURES = (
     "novel ssim",
     "novel lpips",
 )
+_COMPARED = ("psnr", "psnr_foreground", "ssim", "lpips", "novel psnr", "novel lpips")
+_PAIRS_NOTE = (
+    "Differences object by object, each object's figure being its mean over the seeds that both rows have: their mean"
+    " and its 95 % interval (bootstrap over objects). An interval that holds 0 does not say which row is better."
+)
 _NOTE = (
     "Mean and standard deviation over the seeds. All rows: the same objects, input pictures, true voxels, seeds, steps"
     " and batch sizes. Features: {features}."
@@ -54,6 +59,9 @@ def write_tables(config: AblationConfig, store: Store, protocol: Protocol, ident
         *[PAPER_NOTE] * beside_paper,
         figures,
     ]
+    names_before = dict(zip(tuple(config.rows)[1:], config.rows, strict=False))  # the paper adds one part at a time
+    pairs = _pairs(results, names_before if beside_paper else dict.fromkeys(names_before, next(iter(config.rows))))
+    tables += [pairs, _PAIRS_NOTE] if pairs else []
     vaes = {f"VAE of {n} features": list(results.get(f"vae {n}", {}).values()) for n in extractors}
     if any(vaes.values()):
         own = {n: _spread([_means(r) for r in found]) for n, found in vaes.items()}
@@ -89,14 +97,13 @@ def _collect(config: AblationConfig, identity: str, merge: Sequence[Path]) -> di
         for file in files:
             try:
                 result = json.loads(file.read_text())
-                name, seed, same = result["name"], int(result["seed"]), (result["identity"], result["row"])
+                name, seed, row, settings = result["name"], int(result["seed"]), result["row"], result["identity"]
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{file}: not the result of an ablation ({error})") from error
-            if folder == config.out and result["row"] and name not in config.rows:
-                continue  # of a configuration that shares the run folder
-            if same != (identity, row_digest(config, name)):
+            if settings != identity or (name in config.rows and row != row_digest(config, name)):
                 raise InputError(f"{file}: of other settings, objects or cameras than {config.out}; cannot be merged")
-            found.setdefault(name, {})[seed] = result
+            if not row or name in config.rows:  # others are of a configuration that shares the run folder
+                found.setdefault(name, {})[seed] = result
     return found
 
 
@@ -121,6 +128,30 @@ def _figures(title: str, results: Mapping[str, Sequence[Mapping[str, Any]]], fig
     lines = [f"| {title} | " + " | ".join(shown) + " |", "|---" + "|--:" * len(shown) + "|"]
     lines += [f"| {name} | " + " | ".join(row.get(key, "") for key in shown) + " |" for name, row in cells.items()]
     return "\n".join(lines)
+
+
+def _pairs(results: Mapping[str, Mapping[int, Mapping[str, Any]]], against: Mapping[str, str]) -> str:
+    """Markdown: a line for every row that shares seeds with the one it is compared with; empty without any."""
+    lines = []
+    for name, base in against.items():
+        seeds = sorted(set(results.get(name, {})) & set(results.get(base, {})))
+        if seeds:
+            one, other = ([results[row][seed]["objects"] for seed in seeds] for row in (name, base))
+            cells = (_difference(one, other, key) for key in _COMPARED)
+            lines.append(f"| {name} less {base} | " + " | ".join(cells) + " |")
+    head = ["| difference | " + " | ".join(_COMPARED) + " |", "|---" + "|--:" * len(_COMPARED) + "|"]
+    return "\n".join(head + lines) if lines else ""
+
+
+def _difference(one: Sequence[Any], other: Sequence[Any], key: str) -> str:
+    """``mean [low, high]`` of a figure's differences; `one` and `other` hold the objects of each seed, in one order."""
+    if not all(key in entry for objects in (*one, *other) for entry in objects):
+        return ""
+    first, second = (np.array([[entry[key] for entry in objects] for objects in rows]).mean(0) for rows in (one, other))
+    gaps = first - second
+    chosen = np.random.default_rng(0).integers(len(gaps), size=(2000, len(gaps)))
+    low, high = np.percentile(gaps[chosen].mean(1), [2.5, 97.5])
+    return f"{gaps.mean():+.3g} [{low:+.2g}, {high:+.2g}]"
 
 
 def _pictures(config: AblationConfig, store: Store, protocol: Protocol) -> dict[str, dict[str, np.ndarray]]:
