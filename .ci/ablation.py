@@ -28,8 +28,9 @@ def curves() -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
     for row, color in ROWS.items():
         for seed, style in enumerate(("-", "--")):
-            lines = map(json.loads, (RUN / "flow" / f"{row}-{seed}" / "log.jsonl").read_text().splitlines())
-            steps, losses = zip(*((line["step"], line["val_loss"]) for line in lines if "val_loss" in line), strict=True)
+            log = RUN / "flow" / f"{row}-{seed}" / "log.jsonl"
+            lines = [line for line in map(json.loads, log.read_text().splitlines()) if "val_loss" in line]
+            steps, losses = ([line[key] for line in lines] for key in ("step", "val_loss"))
             axes.plot(steps, losses, style, color=color, label=row if seed == 0 else None)
     axes.set(xlabel="step", ylabel="validation loss", yscale="log")
     axes.legend()
