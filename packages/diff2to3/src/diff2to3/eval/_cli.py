@@ -228,14 +228,13 @@ def _protocol(store: Store, protocol_file: Path | None, split: str, limit: int, 
 
 def _object_ids(store: Store, protocol_file: Path | None, split: str, limit: int) -> list[str]:
     """Of a protocol's objects; without one, of rendered objects spread over the split."""
-    from diff2to3.eval._protocol import choose_objects
+    from diff2to3.eval._protocol import choose_objects, refuse_unknown_objects
 
     if protocol_file is None:
         return [row["id"] for row in choose_objects(store, split, limit)]
-    ids = _protocol(store, protocol_file, split, limit, size=256).ids
-    if unknown := sorted(set(ids) - {row["id"] for row in store.objects()}):
-        raise InputError(f"{store.root}: {len(unknown)} objects of the protocol are not in it, first {unknown[0]}")
-    return ids
+    protocol = _protocol(store, protocol_file, split, limit, size=256)
+    refuse_unknown_objects(store, protocol)
+    return list(protocol.ids)
 
 
 def _pairs(weights: tuple[str, ...]) -> dict[str, str]:

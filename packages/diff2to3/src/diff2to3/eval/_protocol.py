@@ -114,6 +114,12 @@ def choose_objects(store: Store, split: str, limit: int) -> list[dict[str, str]]
     return [rows[int(i * step)] for i in range(min(limit, len(rows)))]
 
 
+def refuse_unknown_objects(store: Store, protocol: Protocol) -> None:
+    """Raises an InputError where a data set lacks objects of a protocol."""
+    if unknown := sorted(set(protocol.ids) - {row["id"] for row in store.objects()}):
+        raise InputError(f"{store.root}: {len(unknown)} objects of the protocol are not in it, first {unknown[0]}")
+
+
 def _condition(store: Store, object_id: str, number: int) -> Condition:
     rendered = store.read("render", object_id)
     if not len(rendered.get("condition_pose", ())):

@@ -22,7 +22,7 @@ from diff2to3.data._render_stage import asset_path, listed_paths
 from diff2to3.data._renderers import open_renderer
 from diff2to3.data._run import run_stage
 from diff2to3.data._store import Store, decode_png, encode_pngs
-from diff2to3.eval._protocol import Condition, Protocol
+from diff2to3.eval._protocol import Condition, Protocol, refuse_unknown_objects
 from diff2to3.eval._scores import on_white
 
 
@@ -68,8 +68,7 @@ def draw_truth(store: Store, source: Path | None, protocol: Protocol, renderer: 
     Raises:
         InputError: objects are unknown, something is missing and there is no source, or an object cannot be drawn.
     """
-    if unknown := sorted(set(protocol.ids) - {row["id"] for row in store.objects()}):
-        raise InputError(f"{store.root}: {len(unknown)} objects of the protocol are not in it, first {unknown[0]}")
+    refuse_unknown_objects(store, protocol)
     stage, settings = truth_stage(protocol), {"protocol": protocol.digest}
     done = store.finished(stage, settings, protocol.ids)
     if len(done) == len(protocol.ids):
