@@ -7,6 +7,7 @@ import pytest
 import torch
 from diff2to3.train._assemble import assemble, unpack
 from diff2to3.train._batches import place
+from diff2to3.train._checkpoint import load_model
 from diff2to3.train._data import open_data
 from diff2to3.train._engine import train
 from diff2to3.train.stages import STAGES, build_stage
@@ -14,6 +15,7 @@ from diff2to3.train.stages.structure_vae import dense_occupancy
 from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import load_file
+from sparse_vae import SparseVAE, SparseVAEConfig
 
 
 @pytest.fixture
@@ -121,6 +123,25 @@ def test_somebody_s_backbone_and_extractor_become_a_pipeline(trained, micro_conf
     assert len(pipeline(_picture(), seed=1).gaussians)
     with pytest.raises(ValueError, match=r"flow.model: no usable config.json for SMDiTConfig"):
         assemble(trained, tmp_path / "other", "mine", **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"width": 1 << 14, "num_heads": 256}, r"model.safetensors has [\d,]+ bytes, but the config asks for a model"),
+        ({"latent_channels": 4}, r"vae.model: .*size mismatch"),
+        ({"width": "wide"}, "no usable config.json for SparseVAEConfig"),
+    ],
+)
+def test_a_model_folder_whose_config_is_not_of_its_weights_is_refused(micro_config, change, reason):
+    config = micro_config("vae")
+    train(build_stage("vae", config), config)
+    folder = config.out / "model"
+    assert load_model(folder, SparseVAEConfig, SparseVAE).config.width == config.model["width"]
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=reason):
+        load_model(folder, SparseVAEConfig, SparseVAE)
 
 
 def test_stage_two_refuses_a_vae_without_statistics(micro_config):

@@ -34,7 +34,7 @@ class Gaussians:
     means: Float[Tensor, "n 3"]
     scales: Float[Tensor, "n 3"]
     quaternions: Float[Tensor, "n 4"]
-    opacities: Float[Tensor, n]
+    opacities: Float[Tensor, " n"]
     sh: Float[Tensor, "n k 3"]
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Gaussians:
     def __len__(self) -> int:
         return self.means.shape[0]
 
-    def __getitem__(self, index: slice | Int[Tensor, m] | Bool[Tensor, n]) -> Gaussians:
+    def __getitem__(self, index: slice | Int[Tensor, " m"] | Bool[Tensor, " n"]) -> Gaussians:
         """The Gaussians picked by a slice, an index tensor [M] or a mask [N]."""
         if isinstance(index, int):
             raise TypeError(f"Gaussians[{index}]: index with a slice, e.g. gaussians[{index}:{index + 1}], or a tensor")
@@ -104,7 +104,7 @@ class Gaussians:
         means: Float[Tensor, "n 3"],
         scales: Float[Tensor, "n 3"],
         quaternions: Float[Tensor, "n 4"],
-        opacities: Float[Tensor, n],
+        opacities: Float[Tensor, " n"],
         rgb: Float[Tensor, "n 3"],
     ) -> Gaussians:
         """Gaussians of a fixed colour: rgb [N, 3] in [0, 1]."""

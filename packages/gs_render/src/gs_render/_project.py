@@ -30,10 +30,10 @@ class Projected:
 
     means: Float[Tensor, "n 2"]  # pixels
     conics: Float[Tensor, "n 3"]  # inverse covariance (xx, xy, yy), 1 / pixels^2
-    opacities: Float[Tensor, n]
+    opacities: Float[Tensor, " n"]
     features: Float[Tensor, "n 4"]  # red, green, blue, depth
     reach: Float[Tensor, "n 2"]  # half sides of the box outside of which alpha < MIN_ALPHA, pixels
-    visible: Bool[Tensor, n]
+    visible: Bool[Tensor, " n"]
 
 
 def project(
@@ -78,7 +78,7 @@ def project(
     return Projected(means, conics, opacities, features(gaussians, pose, z), reach, visible)
 
 
-def features(gaussians: Gaussians, pose: Float[Tensor, "4 4"], depths: Float[Tensor, n]) -> Float[Tensor, "n 4"]:
+def features(gaussians: Gaussians, pose: Float[Tensor, "4 4"], depths: Float[Tensor, " n"]) -> Float[Tensor, "n 4"]:
     """[N, 4] what is blended: the colour that this camera sees, and the depth."""
     # Not -R^T t: the general inverse is what gsplat differentiates, and the two gradients differ where a step would
     # leave the rigid motions.

@@ -17,7 +17,7 @@ from sparse_vae import (
     downsample,
     upsample,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from smdit._modulation import Modulation, affine_norm, modulated_norm
 from smdit._rows import Rows

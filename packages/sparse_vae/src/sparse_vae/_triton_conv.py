@@ -92,7 +92,7 @@ def forward(x: Float[Tensor, "N C"], weight: Float[Tensor, "D K C"], kernel_map:
     return out
 
 
-def add_up(partial: Float[Tensor, "G *rest"], out: Float[Tensor, "*rest"]) -> None:
+def add_up(partial: Float[Tensor, "G *rest"], out: Float[Tensor, " *rest"]) -> None:
     """`out = partial.sum(0)` for contiguous tensors, rounded once."""
     with torch.cuda.device_of(out):
         _sum_kernel[(triton.cdiv(out.numel(), SUM_BLOCK),)](partial, out, out.numel(), len(partial), BLOCK=SUM_BLOCK)

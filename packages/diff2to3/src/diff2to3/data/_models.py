@@ -13,7 +13,7 @@ from diff2to3._store import state_sha256
 from diff2to3.data._extractor import ExtractorChoice, open_extractor
 from diff2to3.data._feature_stage import Encoding, FeatureSettings, Lifting
 from diff2to3.data._store import Store
-from diff2to3.train._checkpoint import read_config, read_weights
+from diff2to3.train._checkpoint import load_model
 
 
 def load_lifting(
@@ -28,9 +28,8 @@ def load_lifting(
 def load_encoding(vae: Path, device: str | None, store: Store) -> tuple[Encoding, str]:
     """The work of stage ``latents``, and the hash of its weights."""
     try:
-        model = SparseVAE(read_config(vae, SparseVAEConfig))
-        model.load_state_dict(read_weights(vae))
-    except (ValueError, RuntimeError) as error:  # torch reports missing and unexpected weights as RuntimeError
-        raise InputError(f"{vae}: {error}") from error
+        model = load_model(vae, SparseVAEConfig, SparseVAE)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     digest = str(state_sha256(model))
     return Encoding(model.to(usable_device(device)).eval(), store), digest

@@ -42,7 +42,7 @@ from diff2to3.eval._protocol import Protocol, freeze_protocol, read_protocol
 from diff2to3.eval._reconstruction import evaluate_reconstruction
 from diff2to3.eval._scores import Scores, summary
 from diff2to3.eval._truth import draw_truth
-from diff2to3.train._checkpoint import read_config, read_weights
+from diff2to3.train._checkpoint import load_model, read_config, read_weights
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._engine import train
 from diff2to3.train.stages import build_stage
@@ -326,9 +326,7 @@ class _Run:
         return usable_device(self.config.device)
 
     def _vae_model(self, folder: Path) -> SparseVAE:
-        model = SparseVAE(read_config(folder, SparseVAEConfig))
-        model.load_state_dict(read_weights(folder))
-        return model.to(self._place).eval()
+        return load_model(folder, SparseVAEConfig, SparseVAE).to(self._place).eval()
 
     @cached_property
     def _lpips(self) -> Any:

@@ -13,7 +13,7 @@ from diff2to3._errors import InputError
 from diff2to3._pipeline import Pipeline
 from diff2to3._store import ENCODER, load_weights, locate, weights_path
 from diff2to3._store import read_config as read_pipeline_config
-from diff2to3.train._checkpoint import read_config, read_weights
+from diff2to3.train._checkpoint import load_model
 
 
 def pipeline_models(source: str | PathLike[str] | None, device: str | None) -> tuple[FluxFeatures, SparseVAE]:
@@ -34,9 +34,7 @@ def pipeline_models(source: str | PathLike[str] | None, device: str | None) -> t
 
 def trained_models(extractor: Path, vae: Path, device: str | None) -> tuple[FluxFeatures, SparseVAE]:
     """The same from the model folders of `train autoencoder` and `train vae`."""
-    features = FluxFeatures(read_config(extractor, FluxFeaturesConfig))
-    features.load_state_dict(read_weights(extractor))
-    model = SparseVAE(read_config(vae, SparseVAEConfig))
-    model.load_state_dict(read_weights(vae))
+    features = load_model(extractor, FluxFeaturesConfig, FluxFeatures)
+    model = load_model(vae, SparseVAEConfig, SparseVAE)
     place = usable_device(device)
     return features.to(place).eval(), model.to(place).eval()

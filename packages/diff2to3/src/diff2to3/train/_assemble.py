@@ -20,7 +20,7 @@ from diff2to3._pipeline_config import ComponentConfig, PipelineConfig, SamplerCo
 from diff2to3._plugins import BACKBONE, FEATURE_EXTRACTOR, build, load_config_model, registry
 from diff2to3._store import ENCODER, save_pipeline
 from diff2to3.eval._vae import pipeline_models
-from diff2to3.train._checkpoint import read_config, read_weights, save_model
+from diff2to3.train._checkpoint import load_model, read_config, read_weights, save_model
 from diff2to3.train._config import TrainConfig
 from diff2to3.train.stages._base import Options
 
@@ -55,8 +55,7 @@ def assemble(
     extractor, features = _extractor(runs, options.extractor)
     backbone, velocity = _backbone(runs / "flow/model", flow.model.get("name", "smdit") if flow else "smdit")
 
-    structure_vae = StructureVAE(read_config(runs / "structure_vae/model", StructureVAEConfig))
-    structure_vae.load_state_dict(read_weights(runs / "structure_vae/model"))
+    structure_vae = load_model(runs / "structure_vae/model", StructureVAEConfig, StructureVAE)
     structure = StructureFlow(
         StructureFlowConfig(
             flow=read_config(runs / "structure_flow/model", _StructureModel).root,
@@ -67,9 +66,7 @@ def assemble(
     structure.flow.load_state_dict(read_weights(runs / "structure_flow/model"))
     structure.decoder.load_state_dict(structure_vae.decoder.state_dict())
 
-    vae = SparseVAE(read_config(runs / "vae/model", SparseVAEConfig))
-    vae.load_state_dict(read_weights(runs / "vae/model"))
-
+    vae = load_model(runs / "vae/model", SparseVAEConfig, SparseVAE)
     gaussians = vae.config.gaussians
     grid = f"{vae.config.grid_size}^3 voxels, {gaussians.num_gaussians} Gaussians each"
     config = PipelineConfig(
@@ -96,17 +93,15 @@ def _extractor(runs: Path, choice: ComponentConfig | None) -> tuple[Any, Compone
     """The extractor of the condition and how a pipeline names it: a component, or what stage ``autoencoder`` made."""
     if choice is not None:
         return from_plugin(FEATURE_EXTRACTOR, choice), choice
-    extractor = FluxFeatures(read_config(runs / "autoencoder/model", FluxFeaturesConfig))
-    extractor.load_state_dict(read_weights(runs / "autoencoder/model"))
+    extractor = load_model(runs / "autoencoder/model", FluxFeaturesConfig, FluxFeatures)
     return extractor, _component("flux", extractor.config)
 
 
 def _backbone(folder: Path, name: str) -> tuple[Any, ComponentConfig]:
     """The trained flow of a model folder, whichever component it is, and how a pipeline names it."""
-    config = read_config(folder, load_config_model(registry().find(BACKBONE, name)))
-    backbone: Any = build(BACKBONE, name, config.model_dump())
-    backbone.load_state_dict(read_weights(folder))
-    return backbone, _component(name, config)
+    config_class = load_config_model(registry().find(BACKBONE, name))
+    backbone: Any = load_model(folder, config_class, lambda config: build(BACKBONE, name, config.model_dump()))
+    return backbone, _component(name, read_config(folder, config_class))
 
 
 def _component(name: str, config: BaseModel) -> ComponentConfig:

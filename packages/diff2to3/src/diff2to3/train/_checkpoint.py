@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from _gs_render_reading import read_json, why_missing, why_unreadable
 from pydantic import BaseModel
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diff2to3._errors import InputError
+from diff2to3._parameter_limit import no_larger_than
 
 C = TypeVar("C", bound=BaseModel)
+M = TypeVar("M")
 
 
 def save_model(folder: Path, config: BaseModel, weights: dict[str, Tensor]) -> None:
@@ -56,6 +59,27 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise InputError(f"{path}: tensor {name} holds NaN or infinite numbers")
     return weights
+
+
+def load_model(folder: Path, config_class: type[C], build: Callable[[C], M]) -> M:
+    """The model of a model folder, on the CPU.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``.
+        config_class: of the model.
+        build: the model's class.
+
+    Raises:
+        ValueError: a file is missing or broken, or the weights are not those of such a model.
+    """
+    config, weights = read_config(folder, config_class), read_weights(folder)
+    with no_larger_than(folder / "model.safetensors"):
+        model: Any = build(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # missing, unexpected and misshapen tensors
+        raise InputError(f"{folder}: {' '.join(str(error).split())}") from error
+    return model
 
 
 def _replace(fresh: Path, folder: Path) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from diff2to3._errors import InputError
 from diff2to3._pipeline_config import ComponentConfig
-from diff2to3.train._checkpoint import read_weights
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._photo import PhotoAugmentation
 from diff2to3.train._stage import Batch, Stage
@@ -126,7 +125,6 @@ def part(config: TrainConfig, role: str) -> Path:
     return config.parts[role]
 
 
-def frozen(module: M, folder: Path) -> M:
-    """A trained part that does not learn here."""
-    module.load_state_dict(read_weights(folder))
+def frozen(module: M) -> M:
+    """A trained part, which does not learn here."""
     return module.requires_grad_(False).eval()

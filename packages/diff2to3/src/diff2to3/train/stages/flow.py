@@ -30,7 +30,7 @@ from diff2to3._progress import track
 from diff2to3.data._augment import hue_matrix, shift_hue
 from diff2to3.data._extractor import ExtractorChoice, open_extractor
 from diff2to3.train._batches import ConditionBatches, place
-from diff2to3.train._checkpoint import read_config
+from diff2to3.train._checkpoint import load_model, read_config
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._data import HeldData, open_data
 from diff2to3.train._parallel import blocks
@@ -148,15 +148,14 @@ class FlowStage(_FlowStage):
 
     def sample(self, batch: Batch) -> Tensor:
         """First condition pictures, and what comes of them on the true voxels, from the front."""
-        vae = SparseVAE(read_config(part(self.config, "vae"), SparseVAEConfig)).to(self.mean.device)
-        decoder = frozen(vae, part(self.config, "vae")).decoder
+        vae = frozen(load_model(part(self.config, "vae"), SparseVAEConfig, SparseVAE)).to(self.mean.device)
         latents = batch["latents"]
         noise = torch.randn(latents.features.shape, generator=generator_of(batch), device=self.mean.device)
         found = EulerSampler(steps=SAMPLE_STEPS, capture=False).sample(
             self.model, latents.replace(noise), self.condition(batch)
         )
         with torch.autocast(self.mean.device.type, enabled=False):
-            objects = decoder(found.replace(found.features.float() * self.std + self.mean))[:_SHOWN]
+            objects = vae.decoder(found.replace(found.features.float() * self.std + self.mean))[:_SHOWN]
             pictures = on_white(batch["condition"][:_SHOWN, 0])
             camera = Camera.orbit(num_views=1, size=pictures.shape[-1])
             gaussians = vae.config.gaussians
@@ -182,12 +181,12 @@ class StructureFlowStage(_FlowStage):
         )
         self.check_condition(self.model_config.condition_channels)
         folder = part(config, "structure_vae")
-        vae = read_config(folder, StructureVAEConfig)
+        self.vae = frozen(load_model(folder, StructureVAEConfig, StructureVAE))
+        vae = self.vae.config
         if vae.latent_mean is None or vae.latent_std is None:
             raise InputError(
                 f"{folder}: latent statistics are missing; they are written by `diff2to3 train structure-vae`"
             )
-        self.vae = frozen(StructureVAE(vae), folder)
         self.vae_grid = vae.grid_size
         self._grids: dict[int, Topology] = {}
         self.register_buffer("mean", torch.tensor(vae.latent_mean).view(1, -1, 1, 1, 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diff2to3.data._augment import hue_matrix, shift_hue
 from diff2to3.train._batches import ViewBatches
-from diff2to3.train._checkpoint import read_config, read_weights
+from diff2to3.train._checkpoint import load_model
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._data import open_data
 from diff2to3.train._stage import Batch, Batches
@@ -27,14 +27,14 @@ class VAEStage(PictureStage):
         super().__init__(config)
         self.model_config = build_config(SparseVAEConfig, config.model)
         if "vae" in config.parts:  # go on from a trained one; its latents stay what flows were trained on
-            self.model_config = read_config(config.parts["vae"], SparseVAEConfig)
+            self.model = load_model(config.parts["vae"], SparseVAEConfig, SparseVAE)
+            self.model_config = self.model.config
+            self.model.encoder.requires_grad_(False)
+        else:
+            self.model = SparseVAE(self.model_config)
         if self.options.volume_weight is None:
             volume_weight = VAELossConfig.for_model(self.model_config).volume_weight
             self.weights = self.weights.model_copy(update={"volume_weight": volume_weight})
-        self.model = SparseVAE(self.model_config)
-        if "vae" in config.parts:
-            self.model.load_state_dict(read_weights(config.parts["vae"]))
-            self.model.encoder.requires_grad_(False)
 
     def batches(self, config: TrainConfig, split: str, device: torch.device) -> Batches:
         return ViewBatches(
