@@ -117,10 +117,48 @@ def test_sessions_are_apart_and_vanish(tmp_path):
     folder = sessions.of("c").folder()
     assert folder.parent.parent == tmp_path
     assert len(folder.parent.name) >= 16
-    sessions.close("c")
-    sessions.close("nobody")
+    sessions.leave("nobody")
+    sessions.leave("c")
+    assert folder.exists()
+    sessions.grace = 0
+    session = sessions.of("c")
+    sessions.leave("c")
+    session.leaving.join()
     assert not folder.exists()
-    assert sessions.of("c").run is None
+    assert sessions.of("c") is not session
+
+
+def test_a_user_whose_connection_was_lost_keeps_the_files(tmp_path):
+    """A busy server or a bad network loses the sign of life of a client that is there and goes on."""
+    sessions = Sessions(tmp_path, limit=2)
+    folder = sessions.of("a").folder()
+    sessions.leave("a")
+    leaving = sessions.of("a").leaving
+    assert leaving is None  # it came back
+    assert folder.exists()
+    sessions.grace = 0
+    with sessions.working("a") as session:
+        sessions.leave("a")
+        session.leaving.join()
+        assert folder.exists()
+        sessions.grace = 1000
+    assert session.leaving.interval == 1000  # time to come for what was made
+    assert folder.exists()
+    sessions.grace = 0
+    sessions.leave("a")
+    session.leaving.join()
+    assert not folder.exists()
+
+
+def test_other_users_do_not_push_out_one_who_waits(tmp_path):
+    sessions = Sessions(tmp_path, limit=2)
+    with sessions.working("a") as session:
+        folder = session.folder()
+        others = [sessions.of(name).folder() for name in "bcd"]
+        assert folder.exists()
+        assert [other.exists() for other in others] == [False, False, True]
+    sessions.of("e")
+    assert not folder.exists()
 
 
 def test_files_of_a_run(pipeline, upload, tmp_path):
@@ -216,7 +254,10 @@ def test_users_do_not_see_each_other(handlers, upload):
     list(handlers.run(upload, 0, 1, False, 1, 1.0, user("a")))
     with pytest.raises(gr.Error, match="there is no object yet"):
         list(handlers.write("ply", user("b")))
+    handlers.sessions.grace = 0
+    session = handlers.sessions.of("a")
     handlers.forget(user("a"))
+    session.leaving.join()
     assert not list(handlers.sessions.root.rglob("*.ply"))
     with pytest.raises(gr.Error, match="there is no object yet"):
         list(handlers.write("ply", user("a")))
