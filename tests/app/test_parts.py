@@ -119,13 +119,21 @@ def test_sessions_are_apart_and_vanish(tmp_path):
     assert len(folder.parent.name) >= 16
     sessions.leave("nobody")
     sessions.leave("c")
+    sessions.sweep()
     assert folder.exists()
     sessions.grace = 0
-    session = sessions.of("c")
-    sessions.leave("c")
-    session.leaving.join()
+    sessions.sweep()
     assert not folder.exists()
-    assert sessions.of("c") is not session
+    assert sessions.of("c").run is None
+
+
+def test_files_of_users_who_are_gone_are_removed_by_themselves(tmp_path):
+    sessions = Sessions(tmp_path, limit=2, grace=0)
+    folder = sessions.of("a").folder()
+    sessions.leave("a")
+    while sessions.sweeper is not None:
+        sessions.sweeper.join(0.1)
+    assert not folder.exists()
 
 
 def test_a_user_whose_connection_was_lost_keeps_the_files(tmp_path):
@@ -133,20 +141,19 @@ def test_a_user_whose_connection_was_lost_keeps_the_files(tmp_path):
     sessions = Sessions(tmp_path, limit=2)
     folder = sessions.of("a").folder()
     sessions.leave("a")
-    leaving = sessions.of("a").leaving
-    assert leaving is None  # it came back
-    assert folder.exists()
+    sessions.of("a")  # it came back
     sessions.grace = 0
-    with sessions.working("a") as session:
+    sessions.sweep()
+    assert folder.exists()
+    with sessions.working("a"):
         sessions.leave("a")
-        session.leaving.join()
+        sessions.sweep()
         assert folder.exists()
         sessions.grace = 1000
-    assert session.leaving.interval == 1000  # time to come for what was made
-    assert folder.exists()
+    sessions.sweep()
+    assert folder.exists()  # there is time to come for what was made
     sessions.grace = 0
-    sessions.leave("a")
-    session.leaving.join()
+    sessions.sweep()
     assert not folder.exists()
 
 
@@ -254,10 +261,9 @@ def test_users_do_not_see_each_other(handlers, upload):
     list(handlers.run(upload, 0, 1, False, 1, 1.0, user("a")))
     with pytest.raises(gr.Error, match="there is no object yet"):
         list(handlers.write("ply", user("b")))
-    handlers.sessions.grace = 0
-    session = handlers.sessions.of("a")
     handlers.forget(user("a"))
-    session.leaving.join()
+    handlers.sessions.grace = 0
+    handlers.sessions.sweep()
     assert not list(handlers.sessions.root.rglob("*.ply"))
     with pytest.raises(gr.Error, match="there is no object yet"):
         list(handlers.write("ply", user("a")))

@@ -55,8 +55,8 @@ def output_folder(path: Path) -> Iterator[Path]:
         _make_writable(path)
         yield path
     except BaseException:
-        with suppress(OSError):  # not empty: finished results stay
-            for folder in made:
+        for folder in made:
+            with suppress(OSError):  # not empty: finished results stay
                 folder.rmdir()
         raise
 

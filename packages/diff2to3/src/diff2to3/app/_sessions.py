@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class Session:
         self._folder = root / secrets.token_urlsafe(16)
         self.run: Run | None = None
         self.working = 0  # calls that will still give files
-        self.leaving: threading.Timer | None = None
+        self.left: float | None = None  # when the user went, so it seems
 
     def folder(self) -> Path:
         """A new folder."""
@@ -74,6 +75,7 @@ class Sessions:
         self.root, self._limit, self.grace = root, limit, grace
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
+        self.sweeper: threading.Timer | None = None
 
     def of(self, key: str | None) -> Session:
         """The session of a key, new where there is none; a client without a key gets a new one each time."""
@@ -89,7 +91,7 @@ class Sessions:
         finally:
             with self._lock:
                 session.working -= 1
-            if session.leaving is not None:
+            if session.left is not None:
                 self.leave(key)  # time to come for the files
 
     def leave(self, key: str | None) -> None:
@@ -99,31 +101,42 @@ class Sessions:
         """
         with self._lock:
             session = self._sessions.get(key or "")
-            if session is None:
-                return
-            if session.leaving is not None:
-                session.leaving.cancel()
-            session.leaving = threading.Timer(self.grace, self._forget, (key, session))
-            session.leaving.daemon = True
-            session.leaving.start()
+            if session is not None:
+                session.left = time.monotonic()
+                self._sweep_later()
+
+    def sweep(self) -> None:
+        """Remove what belongs to users who have been gone for long enough."""
+        with self._lock:
+            over = time.monotonic() - self.grace
+            gone = [key for key, found in self._leaving() if found <= over]
+            removed = [self._sessions.pop(key) for key in gone]
+            self.sweeper = None
+            self._sweep_later()
+        for session in removed:
+            session.close()
+
+    def _sweep_later(self) -> None:
+        times = [left for _, left in self._leaving()]
+        if times and self.sweeper is None:  # one thread for all of them
+            self.sweeper = threading.Timer(max(0.0, min(times) + self.grace - time.monotonic()), self.sweep)
+            self.sweeper.daemon = True
+            self.sweeper.start()
+
+    def _leaving(self) -> list[tuple[str, float]]:
+        """Keys of the users who are gone and wait for nothing, and when they went."""
+        return [
+            (key, found.left) for key, found in self._sessions.items() if found.left is not None and not found.working
+        ]
 
     def _used(self, key: str, work: int) -> Session:
         with self._lock:
             session = self._sessions.setdefault(key, Session(self.root))
             self._sessions.move_to_end(key)
             session.working += work
-            if session.leaving is not None:
-                session.leaving.cancel()
-                session.leaving = None
+            session.left = None
             idle = [other for other, found in self._sessions.items() if not found.working and found is not session]
             surplus = [self._sessions.pop(old) for old in idle[: max(0, len(self._sessions) - self._limit)]]
         for old in surplus:
             old.close()
         return session
-
-    def _forget(self, key: str, session: Session) -> None:
-        with self._lock:
-            if session.leaving is not threading.current_thread() or session.working:
-                return
-            self._sessions.pop(key, None)
-        session.close()
