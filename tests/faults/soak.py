@@ -4,8 +4,8 @@
     python tests/faults/soak.py --minutes 2
 
 One user is a program that stays connected, the other comes anew for every object, like a page that is opened and
-closed. Prints the lowest memory of the server in each thirtieth of the time; exit code 1 where a call failed, a file was
-not whole, or memory has grown by more than 5 % once it is warm.
+closed. Prints the lowest memory of the server in each thirtieth of the time; exit code 1 where a call failed, a file
+was not whole, or memory has grown by more than 5 % once it is warm.
 """
 
 from __future__ import annotations
