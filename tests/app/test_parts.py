@@ -117,10 +117,55 @@ def test_sessions_are_apart_and_vanish(tmp_path):
     folder = sessions.of("c").folder()
     assert folder.parent.parent == tmp_path
     assert len(folder.parent.name) >= 16
-    sessions.close("c")
-    sessions.close("nobody")
+    sessions.leave("nobody")
+    sessions.leave("c")
+    sessions.sweep()
+    assert folder.exists()
+    sessions.grace = 0
+    sessions.sweep()
     assert not folder.exists()
     assert sessions.of("c").run is None
+
+
+def test_files_of_users_who_are_gone_are_removed_by_themselves(tmp_path):
+    sessions = Sessions(tmp_path, limit=2, grace=0)
+    folder = sessions.of("a").folder()
+    sessions.leave("a")
+    while sessions.sweeper is not None:
+        sessions.sweeper.join(0.1)
+    assert not folder.exists()
+
+
+def test_a_user_whose_connection_was_lost_keeps_the_files(tmp_path):
+    """A busy server or a bad network loses the sign of life of a client that is there and goes on."""
+    sessions = Sessions(tmp_path, limit=2)
+    folder = sessions.of("a").folder()
+    sessions.leave("a")
+    sessions.of("a")  # it came back
+    sessions.grace = 0
+    sessions.sweep()
+    assert folder.exists()
+    with sessions.working("a"):
+        sessions.leave("a")
+        sessions.sweep()
+        assert folder.exists()
+        sessions.grace = 1000
+    sessions.sweep()
+    assert folder.exists()  # there is time to come for what was made
+    sessions.grace = 0
+    sessions.sweep()
+    assert not folder.exists()
+
+
+def test_other_users_do_not_push_out_one_who_waits(tmp_path):
+    sessions = Sessions(tmp_path, limit=2)
+    with sessions.working("a") as session:
+        folder = session.folder()
+        others = [sessions.of(name).folder() for name in "bcd"]
+        assert folder.exists()
+        assert [other.exists() for other in others] == [False, False, True]
+    sessions.of("e")
+    assert not folder.exists()
 
 
 def test_files_of_a_run(pipeline, upload, tmp_path):
@@ -217,6 +262,8 @@ def test_users_do_not_see_each_other(handlers, upload):
     with pytest.raises(gr.Error, match="there is no object yet"):
         list(handlers.write("ply", user("b")))
     handlers.forget(user("a"))
+    handlers.sessions.grace = 0
+    handlers.sessions.sweep()
     assert not list(handlers.sessions.root.rglob("*.ply"))
     with pytest.raises(gr.Error, match="there is no object yet"):
         list(handlers.write("ply", user("a")))

@@ -32,6 +32,9 @@ def test_the_rule_of_the_voxels_is_said(tmp_path, capsys, rules, embedded, said,
 def refused(monkeypatch, capsys):
     """Runs a command that has to fail, and gives the line that says why."""
 
+    for name in ("hear_signals", "ignore_signals"):  # this process keeps its own
+        monkeypatch.setattr(f"diff2to3._cli.{name}", lambda: None)
+
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["diff2to3", "eval", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:

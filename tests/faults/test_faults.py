@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from diff2to3 import Pipeline
+from diff2to3 import Pipeline, _atomic
 from diff2to3._cli import cli
 from diff2to3._errors import DeviceMemoryError, InputError, NonFiniteError, OutputError, PipelineFormatError
 from diff2to3.train._checkpoint import read_weights
@@ -117,6 +117,22 @@ def test_a_file_system_that_is_read_only(small_disk, four_pictures, micro_pipeli
 @pytest.fixture(scope="module")
 def pipeline(micro_pipeline):
     return Pipeline.from_pretrained(micro_pipeline, device="cpu")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="NOT TESTED: reads /proc")
+def test_gaps_between_blocks_in_use_are_given_back(pipeline, four_pictures):
+    """The C library keeps them; with every object they grow."""
+    pipeline(four_pictures / "p0.png")
+    blocks = [bytearray(100_000) for _ in range(1000)]
+    before = resident_megabytes()
+    del blocks[::2]
+    assert resident_megabytes() > before - 10
+    pipeline(four_pictures / "p0.png")
+    assert resident_megabytes() < before - 40
+
+
+def resident_megabytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def starving(component, most):
@@ -284,6 +300,28 @@ def test_ctrl_c_leaves_no_half_file(four_pictures, micro_pipeline, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda root: _atomic.output_folder(root / "a" / "b"),
+        lambda root: _atomic.new_folder(root / "a"),
+        lambda root: _atomic.staging(root, "a", "a.json"),
+    ],
+)
+def test_ctrl_c_when_a_folder_has_just_been_made_removes_it(tmp_path, monkeypatch, make):
+    mkdir = Path.mkdir
+
+    def interrupted(path, *arguments, **options):
+        mkdir(path, *arguments, **options)
+        if path != tmp_path:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), make(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pictures_that_fit_no_memory_are_refused_by_their_header(tmp_path):
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
     result = CliRunner().invoke(cli, ["generate", str(tmp_path), "-o", str(tmp_path / "out"), "--device", "cpu"])
@@ -317,8 +355,6 @@ def test_sigterm_saves_a_training_run(tmp_path):
 @pytest.mark.parametrize("moves", [0, 1, 2])
 def test_a_manifest_goes_first_and_comes_last(tmp_path, monkeypatch, moves):
     """Killed between any two moves, no manifest stands beside files of another make."""
-    from diff2to3 import _atomic
-
     replace, done = os.replace, []
     for name in ("a.html", "a.json", "a.ply"):
         (tmp_path / name).write_text("old")

@@ -52,6 +52,17 @@ def output_folder(path: Path) -> Iterator[Path]:
     """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
+        _make_writable(path)
+        yield path
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not empty: finished results stay
+                folder.rmdir()
+        raise
+
+
+def _make_writable(path: Path) -> None:
+    try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):  # permissions alone do not tell: the file system may be read-only
             pass
@@ -60,13 +71,6 @@ def output_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{path} cannot be the output folder: a file is in the way") from error
     except OSError as error:
         raise InputError(f"the output folder {path} is not writable: {error.strerror}; expected one that is") from error
-    try:
-        yield path
-    except BaseException:
-        with suppress(OSError):  # not empty: finished results stay
-            for folder in made:
-                folder.rmdir()
-        raise
 
 
 def expect_new(path: Path) -> None:
@@ -85,8 +89,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     expect_new(path)
     with output_folder(path.absolute().parent) as parent:
         folder = parent / f"{_own_prefix()}{path.name}"
-        folder.mkdir()
         try:
+            folder.mkdir()
             yield folder
             folder.rename(path)
         finally:
@@ -101,8 +105,8 @@ def staging(directory: Path, name: str, last: str) -> Iterator[Path]:
     anything moves: where it is, the others are, whole and of the same make.
     """
     folder = directory / f"{_own_prefix()}{name}"
-    folder.mkdir()
     try:
+        folder.mkdir()
         yield folder
         files = sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name))
         for file in files:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diff2to3._assemble import assemble, check_fit
 from diff2to3._asset import Asset
-from diff2to3._device import synchronize, usable_device
+from diff2to3._device import release_memory, synchronize, usable_device
 from diff2to3._errors import DeviceMemoryError, ImageInputError
 from diff2to3._guards import broken_tensors, check_finite, check_weights, device_memory_error
 from diff2to3._hub import commit_of, upload
@@ -309,6 +309,7 @@ class Pipeline:
             objects = self.latent_decoder(self.denormalise(latents))
         for made in objects:
             check_finite("latent_decoder", self.latent_decoder, made.means, made.scales, made.opacities, made.sh)
+        release_memory(self.device)
         return [gaussians.to(dtype=torch.float32) for gaussians in objects]
 
     @contextmanager

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
-import signal
 import sys
 import warnings
-from types import FrameType
 from typing import TextIO
 
 import click
 
 import diff2to3
+from diff2to3._cli._signals import hear_signals, ignore_signals
 from diff2to3._errors import InputError
 
 _COMMANDS = {
@@ -67,27 +66,31 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
-    hear_signals()
-    speak_plainly()
+    try:
+        hear_signals()
+        speak_plainly()
+        code = _run()
+    except (click.Abort, KeyboardInterrupt):
+        ignore_signals()
+        click.echo("diff2to3: interrupted", err=True)
+        code = 130
+    finally:
+        ignore_signals()
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command line; its exit code."""
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        sys.exit(2)
+        return 2
     except click.ClickException as error:
-        _fail(error.format_message())
+        return _fail(error.format_message())
     except InputError as error:
-        _fail(str(error))
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("diff2to3: interrupted", err=True)
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def hear_signals() -> None:
-    """SIGTERM unwinds the stack, and it does as Ctrl-C does even where Python drops what a signal raises."""
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.unraisablehook = _raise_again
+        return _fail(str(error))
+    return code if isinstance(code, int) else 0
 
 
 def speak_plainly() -> None:
@@ -97,10 +100,10 @@ def speak_plainly() -> None:
     _show_log("flux_features")
 
 
-def _fail(message: str) -> None:
-    """One line on stderr, exit code 2."""
+def _fail(message: str) -> int:
+    """One line on stderr; exit code 2."""
     click.echo(f"diff2to3: error: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    return 2
 
 
 def _warn(
@@ -127,21 +130,3 @@ def _show_log(name: str) -> None:
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.addHandler(_Notes())
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signum)  # unwinds the stack, so that half-written files are removed
-
-
-def _raise_again(dropped: sys.UnraisableHookArgs) -> None:
-    """A signal that comes inside a destructor or a callback (imports have many) would be lost: raise it after that."""
-    end = dropped.exc_value
-    if not isinstance(end, SystemExit | KeyboardInterrupt) or not hasattr(signal, "setitimer"):
-        sys.__unraisablehook__(dropped)
-        return
-
-    def raise_end(signum: int, frame: FrameType | None) -> None:
-        raise end
-
-    signal.signal(signal.SIGALRM, raise_end)
-    signal.setitimer(signal.ITIMER_REAL, 0.02)

@@ -85,36 +85,38 @@ class Handlers:
         given = (None, None) if own else (steps, guidance)
         settings = check_settings(self.limits, seed, samples, *given)
         picture, name = uploaded_picture(self.limits, upload)
-        session = self._session(request)
-        run = session.new_run(name, settings.samples)
-        session.show(run)
-        seconds: dict[str, float] = {}
+        with self.sessions.working(request.session_hash) as session:
+            run = session.new_run(name, settings.samples)
+            session.show(run)
+            seconds: dict[str, float] = {}
 
-        def stages(event: Progress | None) -> str:
-            return views.progress(event, run.samples, seconds)
+            def stages(event: Progress | None) -> str:
+                return views.progress(event, run.samples, seconds)
 
-        yield _outputs(
-            progress=stages(None),
-            viewer=views.placeholder("Looking at the picture ..."),
-            gallery=gr.update(value=[], visible=False),
-            video=None,
-            format=FIRST_FORMAT,
-            download=gr.update(label="Download", value=None, interactive=False),
-        )
-        for event in generate(self.pipeline, picture, settings):
-            match event:
-                case Progress():
-                    yield _outputs(progress=stages(event))
-                case Voxels(_, coords, grid_size):
-                    yield _outputs(viewer=views.voxel_viewer(coords, grid_size, run.folder))
-                case Made(sample, asset):
-                    seconds = asset.timings
-                    run.assets.append(asset)
-                    run.shown = sample
-                    yield _outputs(viewer=self._view(run), gallery=self._gallery(run))
-        yield _outputs(progress=stages(Progress(run.shown, views.TURNTABLE, 0, 1)), download=_link(run, FIRST_FORMAT))
-        video = str(run.file(run.shown, "mp4"))
-        yield _outputs(progress=stages(Progress(run.shown, views.DONE, 1, 1)), video=video)
+            yield _outputs(
+                progress=stages(None),
+                viewer=views.placeholder("Looking at the picture ..."),
+                gallery=gr.update(value=[], visible=False),
+                video=None,
+                format=FIRST_FORMAT,
+                download=gr.update(label="Download", value=None, interactive=False),
+            )
+            for event in generate(self.pipeline, picture, settings):
+                match event:
+                    case Progress():
+                        yield _outputs(progress=stages(event))
+                    case Voxels(_, coords, grid_size):
+                        yield _outputs(viewer=views.voxel_viewer(coords, grid_size, run.folder))
+                    case Made(sample, asset):
+                        seconds = asset.timings
+                        run.assets.append(asset)
+                        run.shown = sample
+                        yield _outputs(viewer=self._view(run), gallery=self._gallery(run))
+            yield _outputs(
+                progress=stages(Progress(run.shown, views.TURNTABLE, 0, 1)), download=_link(run, FIRST_FORMAT)
+            )
+            video = str(run.file(run.shown, "mp4"))
+            yield _outputs(progress=stages(Progress(run.shown, views.DONE, 1, 1)), video=video)
 
     @_told
     def choose(self, request: gr.Request, event: gr.SelectData) -> Iterator[tuple[Any, ...]]:
@@ -149,18 +151,19 @@ class Handlers:
         for suffix in formats:
             self._check_format(suffix)
         picture, name = uploaded_picture(self.limits, image)
-        run = self._session(request).new_run(name, settings.samples)
-        for event in generate(self.pipeline, picture, settings):
-            match event:
-                case Progress(sample, stage, done, total):
-                    progress((done, total), desc=f"sample {sample + 1} of {run.samples}: {stage}")
-                case Made(_, asset):
-                    run.assets.append(asset)
-        return [str(run.file(sample, suffix)) for sample in range(run.samples) for suffix in formats]
+        with self.sessions.working(request.session_hash) as session:
+            run = session.new_run(name, settings.samples)
+            for event in generate(self.pipeline, picture, settings):
+                match event:
+                    case Progress(sample, stage, done, total):
+                        progress((done, total), desc=f"sample {sample + 1} of {run.samples}: {stage}")
+                    case Made(_, asset):
+                        run.assets.append(asset)
+            return [str(run.file(sample, suffix)) for sample in range(run.samples) for suffix in formats]
 
     def forget(self, request: gr.Request) -> None:
-        """The user is gone."""
-        self.sessions.close(request.session_hash)
+        """The user is gone, or the connection."""
+        self.sessions.leave(request.session_hash)
 
     def _session(self, request: gr.Request) -> Session:
         return self.sessions.of(request.session_hash)
