@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import logging
 import signal
@@ -69,6 +71,7 @@ def main() -> None:
     """Run the command line and leave with its exit code."""
     hear_signals()
     speak_plainly()
+    atexit.register(gc.freeze)  # the end of a process need not search PyTorch's modules for garbage: half a second
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
