@@ -1,7 +1,8 @@
 """What the embedded pipeline costs whoever runs it: start-up, time, memory, and whether it repeats itself.
 
     python benchmarks/tiny.py            # this machine
-    python benchmarks/tiny.py --gpu      # also: how far CUDA is from the CPU for the same seed
+    python benchmarks/tiny.py --stages   # where the CPU seconds go, on one thread
+    python benchmarks/tiny.py --gpu      # how far CUDA is from the CPU for the same seed
 
 How good its results are is measured by `diff2to3 eval reconstruction` and `diff2to3 eval generation`.
 """
@@ -9,6 +10,7 @@ How good its results are is measured by `diff2to3 eval reconstruction` and `diff
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -21,10 +23,15 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 PICTURE = Path(__file__).parents[1] / "examples" / "chair.png"
 
 
-def process(*command: str) -> tuple[float, float]:
-    """Wall-clock seconds and peak resident GB of a whole process."""
+def process(*command: str, **variables: str) -> tuple[float, float]:
+    """Wall-clock seconds and peak resident GB of a whole process, with more environment variables."""
     start = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | variables,
+    )
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise RuntimeError(f"{' '.join(command)} failed with status {status}")
@@ -45,16 +52,39 @@ def cpu_rows() -> list[tuple[str, str, str, bool]]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         generate = ("-m", "diff2to3", "generate", str(PICTURE), "--device", "cpu", "-o")
-        process(*generate, f"{folder}/warm")  # compiled kernels are on disk from here on
+        first, _ = process(*generate, f"{folder}/first", NUMBA_CACHE_DIR=folder)  # no compiled kernels on disk yet
+        process(*generate, f"{folder}/warm")
         seconds, gigabytes = process(*generate, f"{folder}/a")
         process(*generate, f"{folder}/b")
         same = (Path(folder, "a/chair.ply").read_bytes()) == (Path(folder, "b/chair.ply").read_bytes())
     return [
         *rows,
-        ("`diff2to3 generate`, warm, every output", f"{seconds:.1f} s", "60 s", seconds <= 60),
-        ("its resident memory", f"{gigabytes:.2f} GB", "3 GB", gigabytes <= 3),
+        ("`diff2to3 generate`, whole process, every output", f"{seconds:.1f} s", "20 s", seconds <= 20),
+        ("the very first one, which compiles the renderer", f"{first:.1f} s", "20 s", first <= 20),
+        ("its resident memory", f"{gigabytes:.2f} GB", "2 GB", gigabytes <= 2),
         ("the same seed twice", "the same .ply" if same else "another .ply", "the same bytes", same),
     ]
+
+
+ONE_THREAD = """
+import runpy, sys, time
+time.perf_counter = time.process_time  # the manifest's timings become CPU seconds
+runpy.run_module("diff2to3", run_name="__main__")
+"""
+
+
+def stages() -> str:
+    """CPU seconds of one `generate` on one thread, stage by stage, as a table."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["generate", str(PICTURE), "--device", "cpu", "--threads", "1", "-o", folder, "--overwrite"]
+        for _ in range(2):  # the second finds compiled kernels
+            before = os.times()
+            subprocess.run([sys.executable, "-c", ONE_THREAD, *arguments], check=True, capture_output=True)
+            after = os.times()
+        timings = json.loads(Path(folder, "chair.json").read_text())["timings"]
+    whole = after.children_user + after.children_system - before.children_user - before.children_system
+    rows = {"start and end of the process": whole - sum(timings.values()), **timings, "all": whole}
+    return "\n".join(["| stage | CPU s |", "|---|---|", *(f"| {name} | {value:.2f} |" for name, value in rows.items())])
 
 
 def gpu_row() -> tuple[str, str, str, bool]:
@@ -72,7 +102,11 @@ def gpu_row() -> tuple[str, str, str, bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="compare CUDA with the CPU")
+    parser.add_argument("--stages", action="store_true", help="CPU seconds by stage")
     options = parser.parse_args()
+    if options.stages:
+        print(stages())
+        return 0
     rows = [gpu_row()] if options.gpu else cpu_rows()
     print("| what | measured | wanted | met |\n|---|---|---|---|")
     for what, measured, wanted, met in rows:

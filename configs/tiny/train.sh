@@ -75,6 +75,10 @@ run data latents "$data" --vae "$out/vae/model"  # all are there: measures their
 say latents
 stage "$first" flow "$(left 0.7)" "${features[@]}" --set parts.vae="$out/vae/model"
 wait $structure_flow
-# Both chosen on validation objects.
-run train assemble "$out" "$out/pipeline" --threshold -3 --structure-guidance 2 --guidance 1
+# Threshold and guidance are chosen on validation objects; solvers and intervals cost 35 model calls instead of 100
+# and change no figure (benchmarks/results/solvers.md).
+run train assemble "$out" "$out/pipeline" --threshold -3 \
+    --structure-sampler method=multistep --structure-sampler steps=12 \
+    --structure-sampler guidance=2 --structure-sampler 'interval=[0.7, 1]' \
+    --sampler method=multistep --sampler steps=12 --sampler guidance=1 --sampler 'interval=[0.5, 1]'
 say done

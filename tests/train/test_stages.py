@@ -2,12 +2,21 @@
 
 import itertools
 import json
+import shlex
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+from diff2to3._errors import InputError
+from diff2to3._locate import locate
+from diff2to3._settings import build_settings
+from diff2to3._store import read_config
 from diff2to3.train._assemble import assemble, unpack
 from diff2to3.train._batches import place
 from diff2to3.train._checkpoint import load_model
+from diff2to3.train._cli import train as cli
 from diff2to3.train._data import open_data
 from diff2to3.train._engine import train
 from diff2to3.train.stages import STAGES, build_stage
@@ -15,7 +24,14 @@ from diff2to3.train.stages.structure_vae import dense_occupancy
 from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import load_file
+from smdit import SamplerConfig
 from sparse_vae import SparseVAE, SparseVAEConfig
+
+SAMPLING = {
+    "threshold": -2.0,
+    "structure_sampler": SamplerConfig(steps=2, guidance=1.0),
+    "sampler": SamplerConfig(steps=2, guidance=1.0),
+}
 
 
 @pytest.fixture
@@ -35,13 +51,46 @@ def trained(micro_config, tmp_path):
 def test_the_five_stages_make_a_pipeline_that_generates(trained, tmp_path):
     from diff2to3 import Pipeline
 
-    count = assemble(trained, tmp_path / "pipe", "micro", threshold=-2.0, structure_guidance=1.0, guidance=1.0, steps=2)
+    count = assemble(trained, tmp_path / "pipe", "micro", **SAMPLING)
     pipeline = Pipeline.from_pretrained(tmp_path / "pipe")
     assert pipeline.config.frame == "view-snapped"
     stored = sum(file.stat().st_size for file in (tmp_path / "pipe").glob("*.safetensors"))
     assert stored == pytest.approx(2 * count, rel=0.3)  # fp16
     asset = pipeline(_picture(), seed=1)
     assert len(asset.gaussians) == 2 * len(asset.voxels)
+
+
+def test_how_the_stages_sample_is_said_when_they_are_put_together(trained, tmp_path):
+    command = ["assemble", str(trained), str(tmp_path / "pipe"), "--sampler", "steps=3"]
+    for setting in ("method=multistep", "guidance=1.5", "interval=[0.5, 1]"):
+        command += ["--structure-sampler", setting]
+    outcome = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert outcome.exit_code == 0, outcome.output
+    written = json.loads((tmp_path / "pipe" / "pipeline.json").read_text())
+    structure = written["roles"]["structure"]["config"]["sampler"]
+    assert structure == SamplerConfig(method="multistep", guidance=1.5, interval=(0.5, 1.0)).model_dump(mode="json")
+    assert written["sampler"] == SamplerConfig(steps=3, guidance=2.0).model_dump(mode="json")
+    for setting, complaint in (
+        ("method=midpoint", "--sampler: method"),
+        ("steps", "--sampler steps: expected key=value"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            CliRunner().invoke(cli, [*command, "--sampler", setting], catch_exceptions=False)
+
+
+def test_the_embedded_pipeline_samples_as_its_training_script_says():
+    script = (Path(__file__).parents[2] / "configs" / "tiny" / "train.sh").read_text()
+    command = shlex.split(script[script.index("run train assemble") :].replace("\\\n", " "))
+
+    def said(option):
+        given = [value for name, value in pairwise(command) if name == option]
+        return build_settings({}, given, SamplerConfig, source=option)
+
+    config = read_config(locate(None))
+    assert said("--sampler") == config.sampler
+    structure = config.roles["structure"].config
+    assert said("--structure-sampler") == SamplerConfig.model_validate(structure["sampler"])
+    assert float(command[command.index("--threshold") + 1]) == structure["decoder"]["threshold"]
 
 
 def _picture():
@@ -52,11 +101,10 @@ def _picture():
 
 def test_an_unpacked_pipeline_is_trained_on_from(trained, micro_config, tmp_path):
     """Unpacking undoes assembling, and `init` makes the first step start from the unpacked weights."""
-    settings = {"threshold": -2.0, "structure_guidance": 1.0, "guidance": 1.0, "steps": 2}
-    assemble(trained, tmp_path / "pipe", "micro", **settings)
+    assemble(trained, tmp_path / "pipe", "micro", **SAMPLING)
     stages = unpack(tmp_path / "pipe", tmp_path / "again")
     (tmp_path / "again" / "structure_vae").symlink_to(trained / "structure_vae")
-    assemble(tmp_path / "again", tmp_path / "pipe2", "micro", **settings)
+    assemble(tmp_path / "again", tmp_path / "pipe2", "micro", **SAMPLING)
     assert sorted(stages) == ["autoencoder", "flow", "structure_flow", "vae"]
     for file in (tmp_path / "pipe").iterdir():
         assert file.read_bytes() == (tmp_path / "pipe2" / file.name).read_bytes(), file.name
@@ -113,8 +161,7 @@ def test_somebody_s_backbone_and_extractor_become_a_pipeline(trained, micro_conf
     flow = micro_config("flow", options=options, model={"name": "mean"})
     for stage, config in (("structure-flow", structure), ("flow", flow)):
         train(build_stage(stage, config), config)
-    settings = {"threshold": -2.0, "structure_guidance": 1.0, "guidance": 1.0, "steps": 2}
-    assemble(trained, tmp_path / "pipe", "mine", **settings, flow=flow)
+    assemble(trained, tmp_path / "pipe", "mine", **SAMPLING, flow=flow)
     pipeline = diff2to3.Pipeline.from_pretrained(tmp_path / "pipe", device="cpu")
     assert (type(pipeline.backbone), type(pipeline.feature_extractor)) == (Mean, Blocks)
     assert pipeline.config.frame == "canonical"
@@ -122,7 +169,7 @@ def test_somebody_s_backbone_and_extractor_become_a_pipeline(trained, micro_conf
     torch.testing.assert_close(pipeline.backbone.map.weight, learned.half().float())
     assert len(pipeline(_picture(), seed=1).gaussians)
     with pytest.raises(ValueError, match=r"flow.model: no usable config.json for SMDiTConfig"):
-        assemble(trained, tmp_path / "other", "mine", **settings)
+        assemble(trained, tmp_path / "other", "mine", **SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +192,6 @@ def test_a_model_folder_whose_config_is_not_of_its_weights_is_refused(micro_conf
 
 
 def test_stage_two_refuses_a_vae_without_statistics(micro_config):
-    from diff2to3._errors import InputError
-
     for name in ("autoencoder", "vae"):
         config = micro_config(name)
         train(build_stage(name, config), config)

@@ -145,7 +145,7 @@ class Pipeline:
                 of the same object.
             seed: the same seed, sample and picture give the same Gaussians on one machine.
             sample: which of the seed's variants.
-            steps: Euler steps of both stages; None is each stage's own setting.
+            steps: sampling steps of both stages; None is each stage's own setting.
             guidance: w of both stages, in (1 + w) conditional - w unconditional; None is each stage's own setting.
             callback: called with (stage, steps done, steps in all) as the work goes on.
 

@@ -31,26 +31,46 @@ def load_settings(path: Path, overrides: Sequence[str], model: type[Settings]) -
         if not isinstance(base, str) or Path(base).name != base:
             raise InputError(f"{path}: base is {_short(base)}, expected the name of a file in the same folder")
         values = _read(path.parent / base) | values
+    return build_settings(values, overrides, model, source=str(path))
+
+
+def build_settings(
+    values: dict[str, Any],
+    overrides: Sequence[str],
+    model: type[Settings],
+    *,
+    source: str,
+    option: str = "--set",
+) -> Settings:
+    """The settings that values and ``key=value`` overrides make (see `load_settings`).
+
+    Args:
+        source: where the values are from, and
+        option: where the overrides are from, for what is wrong with them.
+
+    Raises:
+        InputError: an override that is none, an unknown key, or a value of the wrong type.
+    """
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise InputError(f"--set {override}: expected key=value")
+            raise InputError(f"{option} {override}: expected key=value")
         target, (*parents, last) = values, key.split(".")
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise InputError(f"--set {override}: {parent} is no mapping")
+                raise InputError(f"{option} {override}: {parent} is no mapping")
         try:
             target[last] = _parse(text)
         except ValueError as error:
-            raise InputError(f"--set {override}: the value is not YAML ({' '.join(str(error).split())})") from error
+            raise InputError(f"{option} {override}: the value is not YAML ({' '.join(str(error).split())})") from error
     try:
         return model.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()
         )
-        raise InputError(f"{path}: {problems}") from error
+        raise InputError(f"{source}: {problems}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

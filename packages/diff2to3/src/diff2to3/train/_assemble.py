@@ -8,15 +8,14 @@ from typing import Annotated, Any
 import torch
 from flux_features import FluxFeatures, FluxFeaturesConfig
 from pydantic import BaseModel, Field, RootModel
-from smdit import SamplerConfig as StructureSamplerConfig
-from smdit import SMDiT, SMDiTConfig, StructureDiTConfig, StructureFlow, StructureFlowConfig
+from smdit import SamplerConfig, SMDiT, SMDiTConfig, StructureDiTConfig, StructureFlow, StructureFlowConfig
 from sparse_vae import SparseVAE, SparseVAEConfig, StructureVAE, StructureVAEConfig
 from torch import nn
 
 from diff2to3._assemble import from_plugin
 from diff2to3._errors import InputError
 from diff2to3._pipeline import Pipeline
-from diff2to3._pipeline_config import ComponentConfig, PipelineConfig, SamplerConfig
+from diff2to3._pipeline_config import ComponentConfig, PipelineConfig
 from diff2to3._plugins import BACKBONE, FEATURE_EXTRACTOR, build, load_config_model, registry
 from diff2to3._store import ENCODER, save_pipeline
 from diff2to3.eval._vae import pipeline_models
@@ -34,9 +33,8 @@ def assemble(
     out: Path,
     name: str,
     threshold: float,
-    structure_guidance: float,
-    guidance: float,
-    steps: int = 25,
+    structure_sampler: SamplerConfig,
+    sampler: SamplerConfig,
     flow: TrainConfig | None = None,
 ) -> int:
     """Writes ``out`` from the stages' ``model`` folders under ``runs``; returns the number of parameters.
@@ -45,6 +43,9 @@ def assemble(
     generating does not need, lies beside them as ``latent_encoder.safetensors``.
 
     Args:
+        threshold: occupancy logit above which a voxel is active.
+        structure_sampler: how stage 1 samples unless told otherwise.
+        sampler: how stage 2 does.
         flow: settings that stage ``flow`` was trained with. They name the backbone (``model.name``), the extractor
             (``options.extractor``) and the frame where these are not SMDiT, the stage ``autoencoder`` and the default.
 
@@ -60,7 +61,7 @@ def assemble(
         StructureFlowConfig(
             flow=read_config(runs / "structure_flow/model", _StructureModel).root,
             decoder=structure_vae.config.model_copy(update={"threshold": threshold}),
-            sampler=StructureSamplerConfig(steps=steps, guidance=structure_guidance),
+            sampler=structure_sampler,
         )
     )
     structure.flow.load_state_dict(read_weights(runs / "structure_flow/model"))
@@ -80,7 +81,7 @@ def assemble(
             "latent_decoder": _component("gaussian", vae.config),
             "renderer": ComponentConfig(name="auto", config={"filter_2d": gaussians.filter_2d, "antialias": True}),
         },
-        sampler=SamplerConfig(steps=steps, guidance=guidance),
+        sampler=sampler,
     )
     modules = {"structure": structure, "backbone": backbone, "latent_decoder": vae.decoder, ENCODER: vae.encoder}
     if isinstance(extractor, nn.Module) and options.extractor is None:  # any other finds its weights itself

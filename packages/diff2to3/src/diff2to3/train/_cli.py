@@ -43,8 +43,14 @@ _command("flow", "Stage 2: SMDiT over the 2to3-VAE's latents, conditioned on a p
 @click.option(
     "--threshold", type=float, default=0.0, show_default=True, help="Occupancy logit above which a voxel is active."
 )
-@click.option("--structure-guidance", type=float, default=2.0, show_default=True, help="Default guidance of stage 1.")
-@click.option("--guidance", type=float, default=2.0, show_default=True, help="Default guidance of stage 2.")
+@click.option(
+    "--structure-sampler",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How stage 1 samples unless told otherwise (repeatable): method (euler, heun, multistep), steps, guidance,"
+    " interval, shift, rescale.  [default: Euler, 25 steps, guidance 2]",
+)
+@click.option("--sampler", multiple=True, metavar="KEY=VALUE", help="The same of stage 2.")
 @click.option(
     "--flow",
     type=click.Path(path_type=Path),
@@ -57,8 +63,8 @@ def assemble(
     out: Path,
     name: str,
     threshold: float,
-    structure_guidance: float,
-    guidance: float,
+    structure_sampler: tuple[str, ...],
+    sampler: tuple[str, ...],
     flow: Path | None,
     overrides: tuple[str, ...],
 ) -> None:
@@ -66,11 +72,18 @@ def assemble(
     from diff2to3.train._config import load_config
 
     settings = load_config(flow, overrides) if flow else None
+    from smdit import SamplerConfig
+
     from diff2to3._errors import InputError
+    from diff2to3._settings import build_settings
     from diff2to3.train._assemble import assemble as run
 
+    def said(option: str, given: tuple[str, ...]) -> SamplerConfig:
+        return build_settings({"guidance": 2.0}, given, SamplerConfig, source=option, option=option)
+
+    samplers = said("--structure-sampler", structure_sampler), said("--sampler", sampler)
     try:
-        count = run(runs, out, name, threshold, structure_guidance, guidance, flow=settings)
+        count = run(runs, out, name, threshold, *samplers, flow=settings)
     except (ValueError, RuntimeError) as error:  # torch reports missing and unexpected weights as RuntimeError
         raise InputError(" ".join(str(error).split())) from error
     click.echo(f"{out}: {count / 1e6:.2f} M parameters")

@@ -146,6 +146,17 @@ def _rows(entry, top, bottom):
     return first, last
 
 
+@compiled(inline="always", **_OPTIONS)
+@no_type_check
+def _any(live):
+    """Whether some pixel of a tile can still take colour."""
+    total = _ZERO
+    for j in range(TILE):
+        for i in range(TILE):
+            total += live[j, i]
+    return total > _ZERO
+
+
 @compiled(**_OPTIONS)
 @no_type_check
 def blend_tiles(first_tile, last_tile, tiles_x, offsets, hits, table, image, transmittance):
@@ -181,10 +192,13 @@ def blend_tiles(first_tile, last_tile, tiles_x, offsets, hits, table, image, tra
                     sums[1, j, i] += weight * f1
                     sums[2, j, i] += weight * f2
                     sums[3, j, i] += weight * f3
-            if (h & 15) == 15 and not live.any():
+            if (h & 15) == 15 and not _any(live):
                 break
-        transmittance[top : top + TILE, left : left + TILE] = t
-        image[:, top : top + TILE, left : left + TILE] = sums
+        for j in range(TILE):
+            for i in range(TILE):
+                transmittance[top + j, left + i] = t[j, i]
+                for k in range(CHANNELS):
+                    image[k, top + j, left + i] = sums[k, j, i]
 
 
 @compiled(**_OPTIONS)
@@ -204,8 +218,11 @@ def blend_tiles_backward(first_tile, last_tile, tiles_x, offsets, hits, table, i
         top, left = (tile // tiles_x) * TILE, (tile % tiles_x) * TILE
         t[:] = _ONE
         live[:] = _ONE
-        rest[:] = remaining[top : top + TILE, left : left + TILE]
-        grad[:] = image_gradient[:, top : top + TILE, left : left + TILE]
+        for j in range(TILE):
+            for i in range(TILE):
+                rest[j, i] = remaining[top + j, left + i]
+                for k in range(CHANNELS):
+                    grad[k, j, i] = image_gradient[k, top + j, left + i]
         for h in range(offsets[tile], offsets[tile + 1]):
             entry = table[hits[h]]
             first, last = _rows(entry, top, top + TILE)
@@ -250,7 +267,7 @@ def blend_tiles_backward(first_tile, last_tile, tiles_x, offsets, hits, table, i
             out[0], out[1], out[2], out[3], out[4] = gx, gy, gxx, gxy, gyy
             out[5] = go / opacity
             out[6], out[7], out[8], out[9] = g0, g1, g2, g3
-            if (h & 15) == 15 and not live.any():
+            if (h & 15) == 15 and not _any(live):
                 gradients[h + 1 : offsets[tile + 1]] = _ZERO
                 break
 

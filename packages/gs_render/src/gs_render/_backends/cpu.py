@@ -195,7 +195,7 @@ def _announce_compilation() -> None:
             ours = compilation.data["dispatcher"].py_func.__module__.startswith("gs_render.")
             if ours and not self.told:
                 self.told = True
-                _logger.info("compiling the CPU renderer, once for this installation: about 20 s")
+                _logger.info("compiling the CPU renderer, once for this installation: about 10 s")
 
         def on_end(self, compilation: event.Event) -> None:
             """Nothing to tell."""
