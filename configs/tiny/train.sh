@@ -75,10 +75,10 @@ run data latents "$data" --vae "$out/vae/model"  # all are there: measures their
 say latents
 stage "$first" flow "$(left 0.7)" "${features[@]}" --set parts.vae="$out/vae/model"
 wait $structure_flow
-# Threshold and guidance are chosen on validation objects; solvers and intervals cost 35 model calls instead of 100
-# and change no figure (benchmarks/results/solvers.md).
+# Threshold and guidance are chosen on validation objects; solvers and intervals cost 30 model calls instead of 100
+# and change figures less than another seed does (benchmarks/results/solvers.md).
 run train assemble "$out" "$out/pipeline" --threshold -3 \
-    --structure-sampler method=multistep --structure-sampler steps=12 \
+    --structure-sampler method=multistep --structure-sampler steps=8 \
     --structure-sampler guidance=2 --structure-sampler 'interval=[0.7, 1]' \
     --sampler method=multistep --sampler steps=12 --sampler guidance=1 --sampler 'interval=[0.5, 1]'
 say done
