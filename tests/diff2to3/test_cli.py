@@ -413,16 +413,6 @@ def test_a_fault_is_no_bad_input(micro_pipeline, ball, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_end_of_a_process_does_not_search_for_garbage():
-    """That took longer than drawing a turntable."""
-    code = (
-        "import atexit, gc, sys; atexit.register(lambda: print('frozen:', gc.get_freeze_count() > 0));"
-        "from diff2to3._cli import main; sys.argv = ['diff2to3', '--version']; main()"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
-    assert result.stdout.endswith("frozen: True\n")
-
-
 def test_help_and_version():
     overview = diff2to3("--help")
     assert overview.returncode == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import importlib
 import logging
 import sys
@@ -71,7 +69,6 @@ def main() -> None:
     try:
         hear_signals()
         speak_plainly()
-        atexit.register(gc.freeze)  # the end of a process need not search PyTorch's modules for garbage: half a second
         code = _run()
     except (click.Abort, KeyboardInterrupt):
         ignore_signals()
