@@ -36,6 +36,7 @@ class DctFeatures(nn.Module):
         self.register_buffer("colour", colour, persistent=False)
 
     def forward(self, images):
+        images = 4 * (images - 1)  # nothing on the white ground, and of size 1 elsewhere: what flows are used to
         planes = torch.einsum("ij,bjhw->bihw", self.colour, images).split(1, dim=1)
         kept = (self.config.luma, self.config.chroma, self.config.chroma)
         maps = [
