@@ -53,6 +53,9 @@ def test_refusals(refused, tmp_path, eval_data):
     data = ("--data", eval_data.root)
     assert "not a data set" in refused("generation", "--data", empty)
     assert "no rendered object in split 'other'" in refused("reconstruction", *data, "--split", "other")
+    assert "no usable config.json for FluxFeaturesConfig" in refused(
+        "reconstruction", *data, "--extractor", empty, "--vae", empty
+    )
     assert "expected one of diff2to3, TRELLIS" in refused("generation", *data, "--assets", empty, "--method", "Magic")
     assert "no asset for 2 of 2 objects" in refused("generation", *data, "--assets", empty, "--method", "lgm")
     assert "--method needs --assets" in refused("generation", *data, "--method", "LGM")

@@ -8,7 +8,6 @@ from typing import Any
 from sparse_vae import SparseVAE, SparseVAEConfig
 
 from diff2to3._device import usable_device
-from diff2to3._errors import InputError
 from diff2to3._store import state_sha256
 from diff2to3.data._extractor import ExtractorChoice, open_extractor
 from diff2to3.data._feature_stage import Encoding, FeatureSettings, Lifting
@@ -27,9 +26,6 @@ def load_lifting(
 
 def load_encoding(vae: Path, device: str | None, store: Store) -> tuple[Encoding, str]:
     """The work of stage ``latents``, and the hash of its weights."""
-    try:
-        model = load_model(vae, SparseVAEConfig, SparseVAE)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    model = load_model(vae, SparseVAEConfig, SparseVAE)
     digest = str(state_sha256(model))
     return Encoding(model.to(usable_device(device)).eval(), store), digest

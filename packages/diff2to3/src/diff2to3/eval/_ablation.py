@@ -42,7 +42,8 @@ from diff2to3.eval._protocol import Protocol, freeze_protocol, read_protocol
 from diff2to3.eval._reconstruction import evaluate_reconstruction
 from diff2to3.eval._scores import Scores, summary
 from diff2to3.eval._truth import draw_truth
-from diff2to3.train._checkpoint import load_model, read_config, read_weights
+from diff2to3.train._assemble import load_backbone
+from diff2to3.train._checkpoint import load_model, read_config
 from diff2to3.train._config import TrainConfig
 from diff2to3.train._engine import train
 from diff2to3.train.stages import build_stage
@@ -232,9 +233,7 @@ class _Run:
         flow = self.flow(name, row, seed)
         self._begin(f"{name}, seed {seed}: scores")
         scoring, vae = self.config.scoring, self._vae_model(self.vae(row.features, seed))
-        values = json.loads((flow / "config.json").read_text())
-        backbone: Any = build(BACKBONE, row.backbone, values)
-        backbone.load_state_dict(read_weights(flow))
+        backbone = load_backbone(flow, row.backbone)
         structure = KnownVoxels(self._token_channels(row.features), self.config.grid_size)
         components = {
             "matting": build(MATTING, "border"),

@@ -54,7 +54,8 @@ def assemble(
     """
     options = Options(**flow.options) if flow else Options()
     extractor, features = _extractor(runs, options.extractor)
-    backbone, velocity = _backbone(runs / "flow/model", flow.model.get("name", "smdit") if flow else "smdit")
+    velocity = flow.model.get("name", "smdit") if flow else "smdit"
+    backbone = load_backbone(runs / "flow/model", velocity)
 
     structure_vae = load_model(runs / "structure_vae/model", StructureVAEConfig, StructureVAE)
     structure = StructureFlow(
@@ -77,7 +78,7 @@ def assemble(
         roles={
             "feature_extractor": features,
             "structure": _component("structure-flow", structure.config),
-            "backbone": velocity,
+            "backbone": _component(velocity, backbone.config),
             "latent_decoder": _component("gaussian", vae.config),
             "renderer": ComponentConfig(name="auto", config={"filter_2d": gaussians.filter_2d, "antialias": True}),
         },
@@ -98,11 +99,10 @@ def _extractor(runs: Path, choice: ComponentConfig | None) -> tuple[Any, Compone
     return extractor, _component("flux", extractor.config)
 
 
-def _backbone(folder: Path, name: str) -> tuple[Any, ComponentConfig]:
-    """The trained flow of a model folder, whichever component it is, and how a pipeline names it."""
+def load_backbone(folder: Path, name: str) -> Any:
+    """The trained flow of a model folder, of whichever component."""
     config_class = load_config_model(registry().find(BACKBONE, name))
-    backbone: Any = load_model(folder, config_class, lambda config: build(BACKBONE, name, config.model_dump()))
-    return backbone, _component(name, read_config(folder, config_class))
+    return load_model(folder, config_class, lambda config: build(BACKBONE, name, config.model_dump()))
 
 
 def _component(name: str, config: BaseModel) -> ComponentConfig:

@@ -34,27 +34,27 @@ def read_config(folder: Path, config_class: type[C]) -> C:
     """The config of a model folder.
 
     Raises:
-        ValueError: missing or invalid ``config.json``.
+        InputError: missing or invalid ``config.json``.
     """
     try:
         return config_class.model_validate(read_json(folder / "config.json"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no usable config.json for {config_class.__name__} ({error})") from error
+        raise InputError(f"{folder}: no usable config.json for {config_class.__name__} ({error})") from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a model folder.
 
     Raises:
-        ValueError: missing or broken ``model.safetensors``, or a tensor that is not finite, by name.
+        InputError: missing or broken ``model.safetensors``, or a tensor that is not finite, by name.
     """
     path = folder / "model.safetensors"
     try:
         weights = load_file(path)
     except SafetensorError as error:
-        raise ValueError(why_unreadable(path, error)) from error
+        raise InputError(why_unreadable(path, error)) from error
     except OSError as error:
-        raise ValueError(why_missing(path) or f"{folder}: no usable model.safetensors ({error})") from error
+        raise InputError(why_missing(path) or f"{folder}: no usable model.safetensors ({error})") from error
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise InputError(f"{path}: tensor {name} holds NaN or infinite numbers")
@@ -70,7 +70,7 @@ def load_model(folder: Path, config_class: type[C], build: Callable[[C], M]) -> 
         build: the model's class.
 
     Raises:
-        ValueError: a file is missing or broken, or the weights are not those of such a model.
+        InputError: a file is missing or broken, or the weights are not those of such a model.
     """
     config, weights = read_config(folder, config_class), read_weights(folder)
     with no_larger_than(folder / "model.safetensors"):
