@@ -175,7 +175,7 @@ def test_somebody_s_backbone_and_extractor_become_a_pipeline(trained, micro_conf
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"width": 1 << 14, "num_heads": 256}, r"model.safetensors has [\d,]+ bytes, but the config asks for a model"),
+        ({"width": 1 << 10, "num_heads": 16}, r"model.safetensors has [\d,]+ bytes, but the config asks for a model"),
         ({"latent_channels": 4}, r"vae.model: .*size mismatch"),
         ({"width": "wide"}, "no usable config.json for SparseVAEConfig"),
     ],
